@@ -1,0 +1,125 @@
+"""The one error tree. A leaf knows its HTTP status, OpenAI `type` and `code`; the code is also the NATS error code.
+
+    MoeculeError
+    ├── ConfigError               the start must end (exit 78): setting, checkpoint or model
+    ├── InvalidRequest            400
+    │   ├── ContextLengthExceeded 400
+    │   ├── ModelNotFound         404
+    │   ├── NotFound              404
+    │   ├── MethodNotAllowed      405
+    │   └── BodyTooLarge          413
+    ├── RequestCancelled          499
+    ├── Overloaded                429
+    ├── InternalError             500
+    └── Unavailable               503
+        ├── NoWorker              no worker can take the request
+        ├── ExpertsUnavailable    some expert lives on no live shard
+        ├── WorkerLost            the worker of a running request is gone
+        ├── Draining              the actor is leaving
+        └── BusUnavailable        NATS cannot be reached
+            ├── NoResponders      nobody listens on the subject
+            └── BusTimeout        nobody answered in time
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class MoeculeError(Exception):
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+    retry_after: ClassVar[int | None] = None  # seconds; None: a retry is useless
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ConfigError(MoeculeError):
+    code = "config_error"
+
+
+class InternalError(MoeculeError):
+    pass
+
+
+class InvalidRequest(MoeculeError):
+    status, type, code = 400, "invalid_request_error", "invalid_request"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(InvalidRequest):
+    status, code = 404, "model_not_found"
+
+
+class NotFound(InvalidRequest):
+    status, code = 404, "not_found"
+
+
+class MethodNotAllowed(InvalidRequest):
+    status, code = 405, "method_not_allowed"
+
+
+class BodyTooLarge(InvalidRequest):
+    status, code = 413, "body_too_large"
+
+
+class RequestCancelled(MoeculeError):
+    status, type, code = 499, "invalid_request_error", "request_cancelled"
+
+
+class Overloaded(MoeculeError):
+    status, type, code, retry_after = 429, "rate_limit_error", "overloaded", 1
+
+
+class Unavailable(MoeculeError):
+    status, type, code, retry_after = 503, "server_error", "unavailable", 1
+
+
+class NoWorker(Unavailable):
+    code = "no_worker"
+
+
+class ExpertsUnavailable(Unavailable):
+    code = "experts_unavailable"
+
+
+class WorkerLost(Unavailable):
+    code = "worker_lost"
+
+
+class Draining(Unavailable):
+    code = "draining"
+
+
+class BusUnavailable(Unavailable):
+    code = "bus_unavailable"
+
+
+class NoResponders(BusUnavailable):
+    code = "no_responders"
+
+
+class BusTimeout(BusUnavailable):
+    code = "bus_timeout"
+
+
+def _leaves(cls: type[MoeculeError]) -> dict[str, type[MoeculeError]]:
+    found = {cls.code: cls}
+    for sub in cls.__subclasses__():
+        found |= _leaves(sub)
+    return found
+
+
+BY_CODE: dict[str, type[MoeculeError]] = _leaves(MoeculeError) | {InternalError.code: InternalError}
+
+
+def from_code(code: str, message: str, param: str | None = None) -> MoeculeError:
+    """The error that travelled as (code, message, param); an unknown code becomes InternalError."""
+    return BY_CODE.get(code, InternalError)(message, param)
