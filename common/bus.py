@@ -32,6 +32,11 @@ class Bus(Protocol):
     def connected(self) -> bool: ...
 
     @property
+    def closed(self) -> bool:
+        """Left for good: by `close`, or because the server threw us out. It never connects again."""
+        ...
+
+    @property
     def max_payload(self) -> int:
         """Bytes; an encoded message must stay 4 KiB under it."""
         ...
@@ -63,9 +68,7 @@ class Bus(Protocol):
         """The reply. Raises NoResponders at once if nobody listens, BusTimeout, or the error of a Failed reply."""
         ...
 
-    async def subscribe(
-        self, subject: str, handler: Handler, *, concurrency: int = 1, queue: str = ""
-    ) -> Subscription:
+    async def subscribe(self, subject: str, handler: Handler, *, concurrency: int = 1, queue: str = "") -> Subscription:
         """Run `handler` for each message; `*` matches one word of a subject, `>` the rest.
 
         With concurrency 1 messages are handled in order; above it up to that many run at once. Members of one `queue`

@@ -6,7 +6,10 @@ import asyncio
 import heapq
 import itertools
 import time
-from typing import Protocol
+from collections.abc import Awaitable
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -23,6 +26,21 @@ class RealClock:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+
+async def within(clock: Clock, seconds: float, awaitable: Awaitable[T]) -> T:
+    """The result of `awaitable`; when `seconds` of `clock` pass before, it is cancelled and TimeoutError raised."""
+    work, alarm = asyncio.ensure_future(awaitable), asyncio.ensure_future(clock.sleep(seconds))
+    try:
+        await asyncio.wait({work, alarm}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return work.result()
+        raise TimeoutError
+    finally:
+        alarm.cancel()
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work})
 
 
 class FakeClock:

@@ -1,0 +1,255 @@
+"""What every actor is: start, ready, serve, drain, stop; one TaskGroup; heartbeats; metrics; logs.
+
+starting --start()--> ready --stop event--> draining --drain(), tasks cancelled, stop()--> gone
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+from common.bus import Bus
+from common.clock import Clock, RealClock, within
+from common.errors import BusUnavailable, ConfigError
+from common.log import actor_log, setup_logs
+from common.messages import Message, State, new_boot_id, subject
+from common.settings import Settings, node_id
+from common.settings import actor_id as place_in_cluster
+from common.telemetry import new_registry, render
+
+BEAT_SECONDS = 0.25
+SILENT_SECONDS = 5.0  # a peer without a heartbeat for so long is dead, counted while our own bus is connected
+DRAIN_GRACE_SECONDS = 0.5  # on top of drain_seconds, for telling the rest
+
+EXIT_CONFIG = 78  # the start must end: a restart would fail alike
+EXIT_UNAVAILABLE = 69  # NATS did not come up
+
+T = TypeVar("T")
+
+
+class Actor:
+    kind: ClassVar[str]  # the word in subjects
+
+    def __init__(
+        self, bus: Bus, settings: Settings, *, clock: Clock | None = None, actor_id: str | None = None
+    ) -> None:
+        self.bus = bus
+        self.settings = settings
+        self.clock = clock or RealClock()
+        self.id = actor_id or place_in_cluster(self.kind, settings)
+        self.boot_id = new_boot_id()
+        self.node = node_id()
+        self.state: State = "starting"
+        self.metrics = new_registry(self.kind, self.id, self.boot_id)
+        self.log = actor_log(self.kind, self.id)
+        self._is_ready = asyncio.Event()
+        self._beat_due = asyncio.Event()
+        self._spawned: set[asyncio.Task[Any]] = set()
+        self._group: asyncio.TaskGroup | None = None
+
+    # ---- what an actor overrides
+
+    async def start(self) -> None:
+        """Load and subscribe. The actor is ready when this returns; heartbeats go out meanwhile."""
+
+    async def drain(self) -> None:
+        """Stop taking, and finish what is in flight within settings.drain_seconds."""
+
+    async def stop(self) -> None:
+        """Free what start() made; runs if start() returned, after the tasks have ended. The bus may be closed."""
+
+    def beat(self) -> Message:
+        """The heartbeat; called from before start() on."""
+        raise NotImplementedError
+
+    # ---- what an actor uses
+
+    def beat_now(self) -> None:
+        """The heartbeat goes out at once: something changed."""
+        self._beat_due.set()
+
+    def spawn(self, coro: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """A task that lives until the actor drained; if it raises, the actor ends with that error."""
+        assert self._group is not None, "spawn works from start() on"
+        task = self._group.create_task(coro, name=f"{self.id}:{name}")
+        self._spawned.add(task)
+        task.add_done_callback(self._spawned.discard)
+        return task
+
+    async def ready(self) -> None:
+        await self._is_ready.wait()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """The whole life. Raises what ended it early, a ConfigError of start() for one."""
+        started = False
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                self.bus.on_reconnect(self._beat_after_reconnect)
+                await self.bus.subscribe(subject(self.kind, self.id, "metrics"), self._on_metrics)
+                beats = self.spawn(self._beat_forever(), "beats")
+                if await unless(stop, self.start()):
+                    started = True
+                    self._enter("ready")
+                    self._is_ready.set()
+                    await stop.wait()
+                    self._enter("draining")
+                    await self._drain_within_limit()
+                await cancelled(self._spawned - {beats})
+                await cancelled({beats})
+        except BaseExceptionGroup as failures:
+            raise first_leaf(failures) from failures
+        finally:
+            self._group = None
+            if started:
+                await self.stop()
+
+    # ---- the base's own part
+
+    def _enter(self, state: State) -> None:
+        self.state = state
+        self.log.info(state)
+        self.beat_now()
+
+    async def _drain_within_limit(self) -> None:
+        limit = self.settings.drain_seconds + DRAIN_GRACE_SECONDS
+        try:
+            await within(self.clock, limit, self.drain())
+        except TimeoutError:
+            self.log.warning("not all in flight was finished", limit_seconds=limit)
+        except BusUnavailable as error:
+            self.log.warning("drained without NATS", why=error.message)
+
+    async def _beat_forever(self) -> None:
+        while True:
+            self._beat_due.clear()
+            if self.bus.closed:
+                raise BusUnavailable("the connection to NATS is closed")
+            # A heartbeat kept in the buffer of a lost connection would tell of the past.
+            if self.bus.connected:
+                with contextlib.suppress(BusUnavailable):
+                    await self.bus.publish(subject(self.kind, self.id, "beat"), self.beat())
+            with contextlib.suppress(TimeoutError):
+                await within(self.clock, BEAT_SECONDS, self._beat_due.wait())
+
+    async def _beat_after_reconnect(self) -> None:
+        self.beat_now()
+
+    async def _on_metrics(self, _: str, message: Message) -> Message:
+        return render(self.metrics)
+
+
+async def unless(stop: asyncio.Event, coro: Coroutine[Any, Any, None]) -> bool:
+    """Whether `coro` ran to its end before `stop` was set; it is cancelled when `stop` comes first."""
+    work, stopped = asyncio.create_task(coro), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            return False
+        work.result()
+        return True
+    finally:
+        await cancelled({work, stopped})
+
+
+async def cancelled(tasks: set[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+def first_leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that began it; those after it are mostly its consequences."""
+    first = group.exceptions[0]
+    return first_leaf(first) if isinstance(first, BaseExceptionGroup) else first
+
+
+# ---- an actor inside a test or a composed process
+
+
+class Running:
+    def __init__(self, actor: Actor) -> None:
+        self.actor = actor
+        self.leave = asyncio.Event()
+        self.life = asyncio.create_task(actor.run(self.leave), name=actor.id)
+        self.killed = False
+
+    async def ready(self) -> None:
+        """Raises what ended the actor, if it never became ready."""
+        waiting = asyncio.create_task(self.actor.ready())
+        await asyncio.wait({waiting, self.life}, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if self.life.done():
+            self.life.result()
+
+    async def kill(self) -> None:
+        """As kill -9: no drain and not a word to anyone. Only this process's memory and threads are freed."""
+        self.killed = True
+        await self.actor.bus.close()
+        self.life.cancel()
+        await asyncio.wait({self.life})
+
+
+@contextlib.asynccontextmanager
+async def running(actor: Actor, *, wait_ready: bool = True) -> AsyncIterator[Running]:
+    """The actor in the background; it drains at the end. Connects its bus if that is not connected, and closes it."""
+    if not actor.bus.connected:
+        await actor.bus.connect()
+    live = Running(actor)
+    try:
+        if wait_ready:
+            await live.ready()
+        yield live
+    finally:
+        live.leave.set()
+        await asyncio.wait({live.life})
+        await actor.bus.close()
+        if not live.killed:
+            live.life.result()
+
+
+# ---- an actor's process
+
+
+def run_process(make: Callable[[Bus, Settings], Actor]) -> NoReturn:
+    """The body of services/<actor>/__main__.py. A configuration error ends it with one sentence and exit code 78."""
+    import uvloop
+
+    try:
+        settings = Settings.from_env()
+        setup_logs(settings)
+        uvloop.run(_live(make, settings))
+    except ConfigError as error:
+        print(f"moecule: {error.message}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CONFIG)
+    except BusUnavailable as error:
+        print(f"moecule: {error.message}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_UNAVAILABLE)
+    sys.exit(0)
+
+
+async def _live(make: Callable[[Bus, Settings], Actor], settings: Settings) -> None:
+    from common.nats_bus import NatsBus
+
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop, number)
+    name = os.environ.get("HONCHO_PROCESS_NAME", f"moecule-{os.getpid()}")
+    bus = NatsBus(settings.nats_url, name)
+    try:
+        if await unless(stop, bus.connect()):
+            await make(bus, settings).run(stop)
+    finally:
+        await bus.close()
+
+
+def _on_signal(stop: asyncio.Event, number: int) -> None:
+    if stop.is_set():
+        os._exit(128 + number)
+    stop.set()

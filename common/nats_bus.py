@@ -1,0 +1,258 @@
+"""The bus over NATS. The settings below differ from nats-py's defaults because those give up, or notice too late."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+import nats.errors
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as ClientSubscription
+from nats.js import JetStreamContext
+from nats.js.api import StorageType
+from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError, NoStreamResponseError
+from nats.js.kv import KeyValue
+
+from common.bus import Conflict, Handler
+from common.errors import BodyTooLarge, BusTimeout, BusUnavailable, ConfigError, NoResponders
+from common.messages import Message
+from common.pump import HEADROOM, Pump, encode_within, read_reply
+
+CONNECT_SECONDS = 10.0
+RECONNECT_WAIT_SECONDS = 0.1
+PING_SECONDS = 2
+JETSTREAM_SECONDS = 2.0
+
+
+class NatsSubscription:
+    def __init__(self, bus: NatsBus, pump: Pump) -> None:
+        self._bus = bus
+        self._pump = pump
+        self.client: ClientSubscription | None = None
+
+    async def take(self, message: Msg) -> None:
+        await self._pump.put(message.subject, message.data, message.reply)
+
+    async def drain(self) -> None:
+        try:
+            if self.client is not None and self._bus.connected:
+                await self.client.drain()
+        except nats.errors.Error as error:
+            # The connection broke meanwhile; what has arrived is still handled.
+            self._bus.log.debug("a subscription was not drained", why=str(error))
+        await self._pump.drain()
+        self._bus.forget(self)
+
+    def cancel(self) -> None:
+        self._pump.cancel()
+
+
+class NatsBus:
+    def __init__(self, url: str, name: str) -> None:
+        self._url = url
+        self._name = name
+        self._client = Client()
+        self._since: float | None = None
+        self._leaving = False
+        self._callbacks: list[Callable[[], Awaitable[None]]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._subscriptions: set[NatsSubscription] = set()
+        self._buckets: dict[str, KeyValue] = {}
+        self._last_error = ""
+        self.slow_consumer_drops = 0
+        self.log = structlog.get_logger("bus").bind(bus=name)
+
+    @property
+    def connected(self) -> bool:
+        return self._since is not None and self._client.is_connected
+
+    @property
+    def closed(self) -> bool:
+        return self._client.is_closed
+
+    @property
+    def max_payload(self) -> int:
+        return self._client.max_payload
+
+    def connected_for(self) -> float:
+        return 0.0 if self._since is None else time.monotonic() - self._since
+
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        self._callbacks.append(callback)
+
+    async def connect(self) -> None:
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._client.connect(
+                    [self._url],
+                    name=self._name,
+                    error_cb=self._on_error,
+                    disconnected_cb=self._on_disconnect,
+                    reconnected_cb=self._on_reconnected,
+                    closed_cb=self._on_closed,
+                    connect_timeout=2,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=RECONNECT_WAIT_SECONDS,  # type: ignore[arg-type]  # only slept for
+                    ping_interval=PING_SECONDS,
+                    max_outstanding_pings=2,
+                )
+        except TimeoutError:
+            await self._abandon()
+            raise BusUnavailable(f"NATS does not answer at {self._shown_url()}: {self._last_error}") from None
+        except (nats.errors.Error, ValueError) as error:
+            raise ConfigError(f"MOECULE_NATS_URL is {self._shown_url()!r}: {error}") from error
+        self._since = time.monotonic()
+
+    async def close(self) -> None:
+        if self._leaving:
+            return
+        self._leaving = True
+        try:
+            if self.connected:
+                await self._client.flush(timeout=1)
+        except nats.errors.Error as error:
+            self.log.warning("what was published last may be lost", why=str(error))
+        await self._abandon()
+        for task in self._tasks:
+            task.cancel()
+        for subscription in self._subscriptions:
+            subscription.cancel()
+
+    async def _abandon(self) -> None:
+        self._leaving, self._since = True, None
+        await self._client.close()
+
+    # ---- messages
+
+    async def publish(self, subject: str, message: Message) -> None:
+        await self._send(subject, encode_within(message, self.max_payload))
+
+    async def _send(self, subject: str, data: bytes) -> None:
+        if len(data) + HEADROOM > self.max_payload:
+            raise BodyTooLarge(f"a message of {len(data)} bytes is over the limit")
+        try:
+            await self._client.publish(subject, data)
+        except nats.errors.OutboundBufferLimitError:
+            raise BusUnavailable("NATS is gone, and the buffer for what is published is full") from None
+        except nats.errors.ConnectionClosedError:
+            raise BusUnavailable("the connection to NATS is closed") from None
+
+    async def request(self, subject: str, message: Message, timeout: float = 2.0) -> Message:
+        data = encode_within(message, self.max_payload)
+        # A request that waits in the buffer would be carried out after its sender has given it up.
+        self._need_connection()
+        try:
+            reply = await self._client.request(subject, data, timeout=timeout)
+        except nats.errors.NoRespondersError:
+            raise NoResponders(f"nobody listens on {subject}") from None
+        except nats.errors.TimeoutError:
+            raise BusTimeout(f"no answer on {subject} within {timeout:g} s") from None
+        except nats.errors.Error as error:
+            raise BusUnavailable(f"the request was not sent: {error}") from error
+        return read_reply(reply.data)
+
+    async def subscribe(
+        self, subject: str, handler: Handler, *, concurrency: int = 1, queue: str = ""
+    ) -> NatsSubscription:
+        # A full pump makes nats-py queue, and that queue has a limit which is told of (slow consumer).
+        pump = Pump(handler, self._send, concurrency=concurrency, limit=concurrency)
+        subscription = NatsSubscription(self, pump)
+        self._subscriptions.add(subscription)
+        try:
+            subscription.client = await self._client.subscribe(subject, queue=queue, cb=subscription.take)
+            if self.connected:
+                await self._client.flush(timeout=2)
+        except nats.errors.Error as error:
+            subscription.cancel()
+            self.forget(subscription)
+            raise BusUnavailable(f"no subscription to {subject}: {error}") from error
+        return subscription
+
+    def forget(self, subscription: NatsSubscription) -> None:
+        self._subscriptions.discard(subscription)
+
+    # ---- the key-value store
+
+    async def kv_get(self, bucket: str, key: str) -> tuple[bytes, int] | None:
+        try:
+            entry = await (await self._bucket(bucket)).get(key)
+        except KeyNotFoundError:
+            return None
+        except nats.errors.Error as error:
+            raise self._no_store(bucket, error) from error
+        return entry.value or b"", entry.revision or 0
+
+    async def kv_put(self, bucket: str, key: str, value: bytes, revision: int) -> int:
+        try:
+            return await (await self._bucket(bucket)).update(key, value, last=revision)
+        except KeyWrongLastSequenceError as error:
+            raise Conflict(f"{bucket}/{key} does not have revision {revision}: {error.description}") from None
+        except nats.errors.Error as error:
+            raise self._no_store(bucket, error) from error
+
+    async def _bucket(self, name: str) -> KeyValue:
+        """Makes the bucket where the server has none: a restarted server has forgotten it."""
+        self._need_connection()
+        if name not in self._buckets:
+            store = JetStreamContext(self._client, timeout=JETSTREAM_SECONDS)
+            self._buckets[name] = await store.create_key_value(bucket=name, storage=StorageType.MEMORY)
+        return self._buckets[name]
+
+    def _no_store(self, bucket: str, error: nats.errors.Error) -> BusUnavailable:
+        if isinstance(error, NoStreamResponseError | APIError):
+            self._buckets.pop(bucket, None)
+        return BusUnavailable(f"the key-value store does not answer: {error}")
+
+    # ---- the connection
+
+    def _need_connection(self) -> None:
+        if not self.connected:
+            raise BusUnavailable(f"there is no connection to NATS at {self._shown_url()}")
+
+    def _shown_url(self) -> str:
+        """Without a user's name and password."""
+        if "@" not in self._url:
+            return self._url
+        parts = urlsplit(self._url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+    async def _on_disconnect(self) -> None:
+        self._since = None
+        self._buckets.clear()
+        if not self._leaving:
+            self.log.warning("NATS is gone: connecting again", url=self._shown_url())
+
+    async def _on_reconnected(self) -> None:
+        self._since = time.monotonic()
+        self.log.info("NATS is back", url=self._shown_url())
+        for callback in self._callbacks:
+            task = asyncio.create_task(self._call_back(callback))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _call_back(self, callback: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await callback()
+        except BusUnavailable as error:
+            # NATS went away again; the next reconnect calls again.
+            self.log.warning("a reconnect callback failed", why=error.message)
+
+    async def _on_closed(self) -> None:
+        self._since = None
+        if not self._leaving:
+            self.log.error("NATS closed the connection for good", why=str(self._client.last_error))
+
+    async def _on_error(self, error: Exception) -> None:
+        self._last_error = str(error) or type(error).__name__
+        if isinstance(error, nats.errors.SlowConsumerError):
+            self.slow_consumer_drops += 1
+            self.log.error("messages dropped: a handler is too slow", subject=error.subject)
+        elif isinstance(error, OSError | nats.errors.StaleConnectionError | nats.errors.TimeoutError):
+            # One line tells of the loss and one of the return; the attempts between them are noise.
+            self.log.debug("NATS connection", why=self._last_error)
+        else:
+            self.log.error("NATS reported an error", why=self._last_error)

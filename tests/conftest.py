@@ -1,0 +1,111 @@
+"""What several tests need: a NATS server of their own, and buses over it or inside the process."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from common.bus import Bus
+from common.memory_bus import MemoryBroker, MemoryBus
+from common.nats_bus import NatsBus
+
+REPO = Path(__file__).parent.parent
+BusMaker = Callable[[], Awaitable[Bus]]
+
+
+class NatsServer:
+    """A nats-server with the repository's nats.conf on a free port, which it keeps over restarts."""
+
+    def __init__(self) -> None:
+        self.port = -1
+        self._process: subprocess.Popen[str] | None = None
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
+        with tempfile.TemporaryDirectory(prefix="moecule-nats-") as store:
+            command = [binary, "-c", str(REPO / "nats.conf"), "-p", str(self.port), "-sd", store]
+            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            self.port = self._wait_ready()
+
+    def _wait_ready(self) -> int:
+        assert self._process is not None and self._process.stderr is not None
+        port, said = 0, []
+        for line in self._process.stderr:
+            said.append(line)
+            if found := re.search(r"Listening for client connections on .*:(\d+)", line):
+                port = int(found.group(1))
+            if "Server is ready" in line:
+                return port
+        raise RuntimeError("nats-server did not start:\n" + "".join(said))
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stderr is not None
+            self._process.stderr.close()
+            self._process = None
+
+    def restart(self) -> None:
+        self.kill()
+        self.start()
+
+
+@pytest.fixture
+def nats_server() -> Iterator[NatsServer]:
+    server = NatsServer()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def nats_url(nats_server: NatsServer) -> str:
+    return nats_server.url
+
+
+class Outage:
+    """What takes the server away and brings it back, empty, for both kinds of bus."""
+
+    def __init__(self, down: Callable[[], None], up: Callable[[], None]) -> None:
+        self.down, self.up = down, up
+
+
+@pytest.fixture(params=["memory", "nats"])
+async def cluster(request: pytest.FixtureRequest) -> AsyncIterator[tuple[BusMaker, Outage]]:
+    """(a maker of connected buses that reach each other, the outage of what they run on)"""
+    made: list[Bus] = []
+    if request.param == "memory":
+        broker = MemoryBroker()
+        outage = Outage(broker.disconnect, broker.reconnect)
+        new: Callable[[], Bus] = lambda: MemoryBus(broker)  # noqa: E731
+    else:
+        server = request.getfixturevalue("nats_server")
+        outage = Outage(server.kill, server.start)
+        new = lambda: NatsBus(server.url, "test")  # noqa: E731
+
+    async def make() -> Bus:
+        bus = new()
+        await bus.connect()
+        made.append(bus)
+        return bus
+
+    yield make, outage
+    for bus in made:
+        await bus.close()
+
+
+@pytest.fixture
+def make_bus(cluster: tuple[BusMaker, Outage]) -> BusMaker:
+    return cluster[0]
