@@ -1,0 +1,215 @@
+"""What the next step computes: decodes first, then chunks of prefill. The plan is a value and needs no model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from common.messages import Generate
+from common.pages import PAGE, extend_hashes
+from services.gpu_worker.pages import PageAllocator
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request on this worker. `tokens` is prompt + output; the KV rows of the first `computed` of them exist."""
+
+    request: Generate
+    arrival: int
+    tokens: list[int]
+    computed: int = 0
+    cached: int = 0  # prompt tokens read from the prefix cache when it was first admitted
+    pages: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    preemptions: int = 0
+
+    @classmethod
+    def of(cls, request: Generate, arrival: int) -> Sequence:
+        return cls(request, arrival, list(request.prompt))
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows `start` to `start + rows` of a sequence. The last token is sampled from if that reaches the end."""
+
+    sequence: Sequence
+    start: int
+    rows: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.rows
+
+    @property
+    def sampled(self) -> bool:
+        return self.end == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True)
+class Plan:
+    decodes: tuple[Chunk, ...]  # one row each
+    prefills: tuple[Chunk, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.decodes or self.prefills)
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return self.decodes + self.prefills
+
+
+class Planner:
+    """Owns the requests of a worker and their pages.
+
+    A sequence whose pages run out takes them from the youngest running one, which goes back to the head of the queue
+    and is computed again later. The oldest is never preempted for another, and every request alone fits into the
+    cache, so some request always advances.
+    """
+
+    def __init__(self, allocator: PageAllocator, model: str, *, max_batch: int, chunk_tokens: int, prefix_cache: bool):
+        self.allocator = allocator
+        self.model = model
+        self.max_batch = max_batch
+        self.chunk_tokens = chunk_tokens
+        self.prefix_cache = prefix_cache
+        self.running: list[Sequence] = []  # oldest first
+        self.preempted: deque[Sequence] = deque()  # oldest first, ahead of all that wait
+        self._waiting: OrderedDict[str, deque[Sequence]] = OrderedDict()  # tenant -> its queue; the first is next
+        self._arrivals = 0
+        self._preemptions = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self.preempted) + sum(map(len, self._waiting.values()))
+
+    def sequences(self) -> Iterator[Sequence]:
+        yield from self.running
+        yield from self.preempted
+        for queue in self._waiting.values():
+            yield from queue
+
+    def add(self, request: Generate) -> Sequence:
+        sequence = Sequence.of(request, self._arrivals)
+        self._arrivals += 1
+        self._waiting.setdefault(request.tenant, deque()).append(sequence)
+        return sequence
+
+    def remove(self, sequence: Sequence) -> None:
+        """End a sequence wherever it is: its pages are free at once."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.preempted:
+            self.preempted.remove(sequence)
+        else:
+            tenant = sequence.request.tenant
+            self._waiting[tenant].remove(sequence)
+            if not self._waiting[tenant]:
+                del self._waiting[tenant]
+        self._give_back(sequence)
+
+    def take_preemptions(self) -> int:
+        """How many there were since the last call."""
+        count, self._preemptions = self._preemptions, 0
+        return count
+
+    def plan(self) -> Plan:
+        decodes, prefills = [], []
+        budget = self.chunk_tokens
+        for sequence in list(self.running):
+            left = len(sequence.tokens) - sequence.computed
+            if sequence not in self.running:
+                continue  # preempted for an older one in this very loop
+            if left == 1:
+                if self._grow(sequence, 1):
+                    decodes.append(Chunk(sequence, sequence.computed, 1))
+            elif budget and self._grow(sequence, min(left, budget)):
+                prefills.append(Chunk(sequence, sequence.computed, min(left, budget)))
+                budget -= min(left, budget)
+        while budget and len(self.running) < self.max_batch and (sequence := self._admit()):
+            rows = min(len(sequence.tokens) - sequence.computed, budget)
+            prefills.append(Chunk(sequence, sequence.computed, rows))
+            budget -= rows
+        alive = set(map(id, self.running))
+        # A one-row chunk of a prefill is a decode like any other: same rows, same kernel.
+        chunks = [c for c in decodes + prefills if id(c.sequence) in alive]
+        return Plan(tuple(c for c in chunks if c.rows == 1), tuple(c for c in chunks if c.rows > 1))
+
+    def commit(self, plan: Plan) -> None:
+        """The rows of `plan` are in the cache. Called once the step is known to have succeeded."""
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            sequence.computed = chunk.end
+            if self.prefix_cache and chunk.end // PAGE > chunk.start // PAGE:
+                extend_hashes(sequence.hashes, sequence.tokens[: chunk.end], self.model, sequence.request.salt)
+                for index in range(chunk.start // PAGE, chunk.end // PAGE):
+                    self.allocator.publish(sequence.pages[index], sequence.hashes[index])
+
+    def check(self) -> None:
+        """Assert what must hold between two steps."""
+        self.allocator.check(sequence.pages for sequence in self.sequences())
+        assert len(self.running) <= self.max_batch
+        assert [s.arrival for s in self.running] == sorted(s.arrival for s in self.running)
+        for sequence in self.running:
+            assert sequence.computed < len(sequence.tokens) and len(sequence.pages) * PAGE >= sequence.computed
+        assert not any(s.pages or s.computed for s in self.sequences() if s not in self.running)
+
+    def _grow(self, sequence: Sequence, rows: int) -> bool:
+        """Give `sequence` the pages for its next rows, taking them from younger ones; False if it lost its own."""
+        need = -(-(sequence.computed + rows) // PAGE) - len(sequence.pages)
+        while (pages := self.allocator.allocate(max(need, 0))) is None:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.pages += pages
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.preemptions += 1
+        self._preemptions += 1
+        self.preempted.appendleft(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.allocator.release(sequence.pages)
+        sequence.pages, sequence.computed = [], 0
+
+    def _admit(self) -> Sequence | None:
+        """Start the next waiting sequence if the pages for all its tokens are there."""
+        queue = self.preempted or next(iter(self._waiting.values()), None)
+        if not queue:
+            return None
+        sequence = queue[0]
+        if self.prefix_cache:
+            # The last token is always computed: its logits are wanted.
+            usable = (len(sequence.tokens) - 1) // PAGE
+            extend_hashes(sequence.hashes, sequence.tokens, self.model, sequence.request.salt)
+            sequence.pages = self.allocator.match(sequence.hashes[:usable])
+        pages = self.allocator.allocate(-(-len(sequence.tokens) // PAGE) - len(sequence.pages))
+        if pages is None:
+            self._give_back(sequence)
+            return None
+        sequence.computed = len(sequence.pages) * PAGE
+        if not sequence.preemptions:
+            sequence.cached = sequence.computed
+        sequence.pages += pages
+        queue.popleft()
+        if queue is not self.preempted:
+            tenant = sequence.request.tenant
+            self._waiting.move_to_end(tenant)  # the next tenant's turn
+            if not queue:
+                del self._waiting[tenant]
+        # Preempted ones come back before younger ones that were never preempted: keep the oldest first.
+        self.running.append(sequence)
+        self.running.sort(key=lambda s: s.arrival)
+        return sequence
