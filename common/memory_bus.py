@@ -60,7 +60,8 @@ class MemoryBroker:
             if not future.done():
                 future.set_result(data)
             return 1
-        chosen, groups = [], {}
+        chosen: list[MemorySubscription] = []
+        groups: dict[tuple[str, str], list[MemorySubscription]] = {}
         for subscription in self._subscriptions:
             if subscription.bus.connected and matches(subscription.pattern, subject):
                 if subscription.queue:

@@ -57,6 +57,7 @@ class NatsBus:
         self._name = name
         self._client = Client()
         self._since: float | None = None
+        self._begun = False  # nats-py cannot close what never began to connect
         self._leaving = False
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -72,7 +73,7 @@ class NatsBus:
 
     @property
     def closed(self) -> bool:
-        return self._client.is_closed
+        return self._leaving or self._client.is_closed
 
     @property
     def max_payload(self) -> int:
@@ -85,6 +86,7 @@ class NatsBus:
         self._callbacks.append(callback)
 
     async def connect(self) -> None:
+        self._begun = True
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._client.connect(
@@ -104,6 +106,7 @@ class NatsBus:
             await self._abandon()
             raise BusUnavailable(f"NATS does not answer at {self._shown_url()}: {self._last_error}") from None
         except (nats.errors.Error, ValueError) as error:
+            self._begun = False
             raise ConfigError(f"MOECULE_NATS_URL is {self._shown_url()!r}: {error}") from error
         self._since = time.monotonic()
 
@@ -124,7 +127,8 @@ class NatsBus:
 
     async def _abandon(self) -> None:
         self._leaving, self._since = True, None
-        await self._client.close()
+        if self._begun:
+            await self._client.close()
 
     # ---- messages
 

@@ -1,0 +1,37 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# What pip resolves without a GPU; one that has a GPU keeps the torch it was given.
+TORCH ?= torch==2.13.0
+SHARDS ?= 2
+WORKERS ?= 1
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: serve test lint install clean
+
+serve: install
+	@honcho run python -m common.supervisor --check
+	@exec honcho start -c expert_shard=$(SHARDS),gpu_worker=$(WORKERS)
+
+test: install
+	ruff check .
+	ruff format --check .
+	mypy
+	OMP_NUM_THREADS=1 pytest -m "not gpu"
+
+lint: install
+	ruff check --fix .
+	ruff format .
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,131 @@
+"""The lines of the Procfile: an actor, and NATS. They say what to run, and what their parent watches."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import sys
+import tempfile
+from pathlib import Path
+
+from common.errors import ConfigError
+from common.preflight import check_http_port, check_model, check_model_folder, check_nats_port, nats_address
+from common.settings import Settings
+
+EXIT_UNAVAILABLE = 69
+EXIT_CONFIG = 78
+NATS_CONF = Path(__file__).resolve().parent.parent / "nats.conf"
+LISTEN, ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
+
+
+class ActorLine:
+    def __init__(self, module: str) -> None:
+        self.name = module
+        self._settings: Settings | None = None
+        self._announced = not module.endswith(".gateway")
+
+    def check(self) -> None:
+        self._settings = Settings.from_env()
+        check_model_folder(self._settings)
+        if not self._announced:
+            try:
+                check_http_port(self._settings)
+            except ConfigError as error:
+                raise ConfigError(error.message, param=self.name) from None  # nobody else finds this
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-m", self.name]
+
+    def tick(self) -> None:
+        """The gateway's parent tells when the cluster can be used: the last line of a start."""
+        if not self._announced and self._settings and is_ready(self._settings.host, self._settings.port):
+            self._announced = True
+            print(ready_line(self._settings), flush=True)
+
+    def may_stop(self) -> bool:
+        return True
+
+    def ends_start(self, code: int, lives: int) -> bool:
+        return code == EXIT_CONFIG or (code == EXIT_UNAVAILABLE and lives == 1)
+
+
+class NatsLine:
+    name = "nats-server"
+
+    def __init__(self) -> None:
+        self._address = ("", 0)
+        self._local = True
+        self._store: str | None = None
+        self._came_up = False
+
+    def check(self) -> None:
+        settings = Settings.from_env()
+        check_model(settings)
+        self._address = nats_address(settings)
+        self._local = check_nats_port(settings)
+
+    def command(self) -> list[str]:
+        host, port = self._address
+        if not self._local:
+            print(f"moecule: NATS is expected at {host}:{port}; none is started here", file=sys.stderr, flush=True)
+            return []
+        binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
+        self._drop_store()
+        self._store = tempfile.mkdtemp(prefix="moecule-nats-")
+        return [binary, "-c", str(NATS_CONF), "-a", host, "-p", str(port), "-sd", self._store]
+
+    def tick(self) -> None:
+        # The server wants a folder to start with, and never writes to it: so nothing is left behind by kill -9.
+        if self._store and sockets_on(self._address[1], LISTEN):
+            self._came_up = True
+            self._drop_store()
+
+    def may_stop(self) -> bool:
+        """The others say goodbye over NATS, so they go first."""
+        return sockets_on(self._address[1], ESTABLISHED) == 0
+
+    def ends_start(self, code: int, lives: int) -> bool:
+        if self._came_up:
+            return False
+        self._drop_store()
+        print("moecule: NATS did not come up; its reason stands above", file=sys.stderr, flush=True)
+        return True
+
+    def _drop_store(self) -> None:
+        if self._store:
+            shutil.rmtree(self._store, ignore_errors=True)
+            self._store = None
+
+
+def sockets_on(port: int, state: str) -> int:
+    """TCP sockets of this machine with this local port in this state."""
+    wanted, count = f":{port:04X}", 0
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        count += sum(1 for _, local, _, held, *_ in map(str.split, rows) if held == state and local.endswith(wanted))
+    return count
+
+
+def is_ready(host: str, port: int) -> bool:
+    """Whether /ready answers 200. A socket alone: an HTTP client would triple the parent's memory."""
+    try:
+        with socket.create_connection((reachable(host), port), timeout=0.5) as connection:
+            connection.sendall(b"GET /ready HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            return connection.recv(16).split(b" ")[1:2] == [b"200"]
+    except OSError:
+        return False
+
+
+def reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def ready_line(settings: Settings) -> str:
+    host = reachable(settings.host)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    body = f'{{"model": "{settings.served_name}", "messages": [{{"role": "user", "content": "What is 47 + 85?"}}]}}'
+    curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+    return f"Moecule is ready at {url} - try: {curl}"

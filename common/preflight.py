@@ -1,0 +1,81 @@
+"""What can be known to fail before anything starts, each as one sentence."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from common.errors import ConfigError
+from common.settings import Settings, unknown_settings
+
+
+def check_all(settings: Settings) -> None:
+    check_model(settings)
+    check_nats_port(settings)
+    check_http_port(settings)
+
+
+def check_model_folder(settings: Settings) -> None:
+    folder = Path(settings.model)
+    if not folder.is_dir():
+        raise ConfigError(f"there is no model folder {settings.model!r} (MOECULE_MODEL)")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"the model folder {settings.model!r} (MOECULE_MODEL) has no config.json")
+
+
+def check_model(settings: Settings) -> None:
+    """Raises ConfigError also for a config.json that names what we do not have."""
+    check_model_folder(settings)
+    from common.model_config import ModelConfig  # needed by this check alone
+
+    ModelConfig.load(settings.model)
+
+
+def nats_address(settings: Settings) -> tuple[str, int]:
+    try:
+        parts = urlsplit(settings.nats_url if "//" in settings.nats_url else f"nats://{settings.nats_url}")
+        host, port = parts.hostname, parts.port or 4222
+    except ValueError:
+        host, port = None, 0
+    if not host:
+        raise ConfigError(f"MOECULE_NATS_URL is {settings.nats_url!r}: use nats://HOST:PORT")
+    return host, port
+
+
+def check_nats_port(settings: Settings) -> bool:
+    """Whether NATS belongs on this machine: False for an address of another one."""
+    host, port = nats_address(settings)
+    return _can_listen(host, port, f"another NATS runs at {host}:{port}, so stop it or set MOECULE_NATS_URL")
+
+
+def check_http_port(settings: Settings) -> None:
+    host, port = settings.host, settings.port
+    if not _can_listen(host, port, f"something listens at {host}:{port}, so stop it or set MOECULE_PORT"):
+        raise ConfigError(f"MOECULE_HOST is {host!r}: that is no address of this machine")
+
+
+def _can_listen(host: str, port: int, taken: str) -> bool:
+    """False if `host` is elsewhere. Raises ConfigError with the sentence `taken` if somebody listens there."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"the host {host!r} cannot be found: {error.strerror}") from None
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            if error.errno == errno.EADDRNOTAVAIL:
+                return False
+            if error.errno == errno.EACCES:
+                raise ConfigError(f"{host}:{port} may not be listened on: {error.strerror}") from None
+            raise ConfigError(f"the port is taken: {taken}") from None
+    return True
+
+
+def warn_unknown(say: Callable[[str], None]) -> None:
+    for sentence in unknown_settings():
+        say(f"{sentence} (ignored)")

@@ -1,0 +1,197 @@
+"""The small parent of every Procfile line: `python -m common.supervisor services.gateway`, or `--nats`, or `--check`.
+
+honcho ends everything when one line ends, signals a line's process group, and kills it 5 s later. So the parent stays,
+restarts its child when that crashes, and runs it in a session of its own that dies with the parent. NATS goes last.
+This imports nothing heavy: it must be there at once.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from common.errors import ConfigError
+from common.lines import ActorLine, NatsLine
+from common.preflight import check_all, warn_unknown
+from common.settings import Settings
+
+EXIT_CONFIG = 78
+TICK_SECONDS = 0.1
+LONG_LIFE_SECONDS = 10.0  # a child that lived so long is restarted as if for the first time
+STOP_SECONDS = 4.6  # honcho kills after 5
+OTHERS_SPEAK_SECONDS = 3.0
+SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
+
+# Runs before the child's own program. PR_SET_PDEATHSIG survives exec; a parent that died before it shows in getppid.
+SHIM = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Line(Protocol):
+    """What one line of the Procfile runs."""
+
+    name: str
+
+    def check(self) -> None:
+        """Raises ConfigError if a start is in vain."""
+        ...
+
+    def command(self) -> list[str]:
+        """For one life; called again before each restart. Empty: there is nothing to run here."""
+        ...
+
+    def tick(self) -> None:
+        """Called about ten times a second while the child runs."""
+        ...
+
+    def may_stop(self) -> bool:
+        """Whether the child may be told to leave, after the parent was."""
+        ...
+
+    def ends_start(self, code: int, lives: int) -> bool:
+        """Whether a child that ended with `code` in its `lives`-th life would fail again."""
+        ...
+
+
+def start_child(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    shim = [sys.executable, "-I", "-S", "-c", SHIM, str(os.getpid()), *command]
+    return subprocess.Popen(shim, start_new_session=True)
+
+
+def restart_delay(crashes: int) -> float:
+    """Seconds before the restart after so many crashes in a row: at once, then up to 5 s."""
+    return min(5.0, 0.1 * 3 ** (crashes - 1))
+
+
+class Supervisor:
+    def __init__(self, line: Line) -> None:
+        self._line = line
+        self._stops = 0  # how often we were told to stop
+        self._stopping_since = 0.0
+        self._watch = AncestorWatch()
+
+    def run(self) -> int:
+        """Until the line was told to stop (0) or cannot start (the exit code that says so)."""
+        lives = crashes = 0
+        while not self._stops:
+            lives += 1
+            began = time.monotonic()
+            if not (command := self._line.command()):
+                self._wait(None)
+                return 0
+            code = self._wait(start_child(command))
+            if self._stops:
+                return 0
+            if self._line.ends_start(code, lives):
+                return EXIT_CONFIG
+            crashes = 1 if time.monotonic() - began > LONG_LIFE_SECONDS else crashes + 1
+            delay = restart_delay(crashes)
+            say(f"{self._line.name} {how_it_ended(code)}: restart in {delay:.1f} s")
+            self._pause(delay)
+        return 0
+
+    def _wait(self, child: subprocess.Popen[bytes] | None) -> int:
+        """The exit code of the child, which is told to stop when we are; without one, until we are told."""
+        told = 0
+        while (code := child.poll() if child else (0 if self._stops else None)) is None:
+            self._take_signal(TICK_SECONDS)
+            self._line.tick()
+            if child is None or not self._stops:
+                continue
+            late = time.monotonic() - self._stopping_since > STOP_SECONDS
+            if self._stops > 1 or (late and told):
+                child.kill()
+            elif not told and (late or self._line.may_stop()):
+                child.terminate()
+                told = 1
+        return code
+
+    def _pause(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._stops and (left := end - time.monotonic()) > 0:
+            self._take_signal(min(left, TICK_SECONDS))
+
+    def _take_signal(self, seconds: float) -> None:
+        """Signals are blocked and taken here alone, so that none can come between a look and a wait."""
+        info = signal.sigtimedwait(SIGNALS, seconds)
+        asked = info is not None and info.si_signo != signal.SIGCHLD
+        if asked or (not self._stops and self._watch.gone()):
+            self._stops += 1
+            self._stopping_since = self._stopping_since or time.monotonic()
+
+
+class AncestorWatch:
+    """Our parent, and honcho above it: when they are killed, nobody is left to tell us to stop."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        self._honcho = -1
+        if "HONCHO_PROCESS_NAME" in os.environ:
+            try:
+                with open(f"/proc/{self._parent}/stat") as stat:
+                    grandparent = int(stat.read().rpartition(")")[2].split()[1])
+                self._honcho = os.pidfd_open(grandparent)
+            except (OSError, IndexError):
+                self._honcho = -1
+
+    def gone(self) -> bool:
+        if os.getppid() != self._parent:
+            return True
+        return self._honcho >= 0 and bool(select.select([self._honcho], [], [], 0)[0])
+
+
+def how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def say(sentence: str) -> None:
+    print(f"moecule: {sentence}", file=sys.stderr, flush=True)
+
+
+def refuse(error: ConfigError, line: Line | None) -> int:
+    """Say once why there is no start. Every line finds a fault that all share, and NATS's line speaks for them."""
+    own_fault = line is None or isinstance(line, NatsLine) or error.param == line.name
+    if not own_fault and "HONCHO_PROCESS_NAME" in os.environ and signal.sigtimedwait(SIGNALS, OTHERS_SPEAK_SECONDS):
+        return EXIT_CONFIG  # somebody spoke, and honcho stops us
+    say(error.message)
+    return EXIT_CONFIG
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
+        say("use: python -m common.supervisor services.<actor> | --nats | --check")
+        return 2
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    line: Line | None = None
+    try:
+        if arguments[0] == "--check":
+            check_all(Settings.from_env())
+            return 0
+        line = NatsLine() if arguments[0] == "--nats" else ActorLine(arguments[0])
+        line.check()
+    except ConfigError as error:
+        return refuse(error, line)
+    if isinstance(line, NatsLine):
+        warn_unknown(say)
+    return Supervisor(line).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
