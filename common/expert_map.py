@@ -16,7 +16,7 @@ Assignment = tuple[tuple[str, ...], ...]  # [partitions] -> shard ids, sorted
 def plan(current: Mapping[str, Collection[int]], partitions: int, copies: int = 1) -> Assignment:
     """Who shall hold what, given what each shard that may be used holds now.
 
-    Loads differ by at most one, each partition lies on `copies` distinct shards (on all of them if there are fewer), and
+    Loads differ by at most one; each partition lies on `copies` distinct shards, or on all if there are fewer; and
     little is loaded that is not held already: the fewest partitions possible when each has at most one holder now.
     """
     copies = min(copies, len(current))

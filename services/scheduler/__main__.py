@@ -1,7 +1,6 @@
 """`python -m services.scheduler`."""
 
 from common.actor import run_process
-
 from services.scheduler.actor import Scheduler
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
-from common.actor import BEAT_SECONDS, SILENT_SECONDS, Actor
 
+from common.actor import BEAT_SECONDS, SILENT_SECONDS, Actor
 from common.bus import Conflict, Subscription
 from common.errors import (
     BusUnavailable,
@@ -142,8 +142,9 @@ class Scheduler(Actor):
             self._heard("shard", beat)
 
     async def _on_scheduler(self, _: str, beat: Message) -> None:
-        is_other = isinstance(beat, SchedulerBeat) and beat.id != self.id
-        if is_other and self._heard("scheduler", beat) and beat.map_version > self._map_version:
+        if not isinstance(beat, SchedulerBeat) or beat.id == self.id:
+            return
+        if self._heard("scheduler", beat) and beat.map_version > self._map_version:
             self._revision = None
 
     def _heard(self, kind: str, beat: WorkerBeat | ShardBeat | SchedulerBeat) -> bool:
@@ -165,7 +166,7 @@ class Scheduler(Actor):
             self._foreign[beat.id] = beat.boot_id
             self.log.warning("left out: it serves another checkpoint", peer=beat.id, model=beat.model, ours=self.model)
         if known := self._peers[kind].get(beat.id):
-            self._bury(kind, known, "it came back with another checkpoint")
+            self._bury(kind, known, "it serves another checkpoint")
         return True
 
     async def _tick(self) -> None:
@@ -177,9 +178,7 @@ class Scheduler(Actor):
             self._wake.set()
 
     def _look_for_dead(self) -> None:
-        if not self.bus.connected:
-            return
-        now, connected_for = self.clock.now(), self.bus.connected_for()
+        now, connected_for = self.clock.now(), self.bus.connected_for()  # 0 without a connection: nobody is silent
         for kind, members in self._peers.items():
             for beat in members.silent(SILENT_SECONDS, now, now - connected_for):
                 self._bury(kind, beat, "it is silent")
