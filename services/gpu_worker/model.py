@@ -1,0 +1,103 @@
+"""DeepSeek V2 and V3: latent attention, a dense or sparse FFN, one step for a batch of decodes and prefill chunks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.checkpoint import Checkpoint
+from common.link import ExpertLink
+from common.model_config import ModelConfig
+from common.pages import PAGE
+from kernels.combine_norm import combine_norm
+from kernels.mla_decode import mla_decode
+from kernels.mla_prefill import mla_prefill
+from kernels.qkv_norm_rope_write import qkv_norm_rope_write
+from kernels.route import Routing, route
+from services.gpu_worker.batch import Batch
+from services.gpu_worker.weights import Layer, Mlp, load_weights, rope_turns
+
+
+class Model:
+    """Holds every weight but the routed experts', which it reaches through `link`."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, link: ExpertLink, *, threads: int = 1) -> None:
+        torch.set_num_threads(threads)
+        self.config = config
+        self.link = link
+        self.weights = load_weights(config, checkpoint)
+        self._turns = rope_turns(config, config.max_positions)  # [max_positions, rope / 2]
+        self._routing = Routing(
+            topk=config.topk,
+            scoring=config.scoring,
+            method=config.topk_method,
+            groups=config.groups,
+            topk_groups=config.topk_groups,
+            norm=config.norm_topk,
+            scale=config.routed_scale,
+        )
+
+    def new_cache(self, pages: int) -> list[Tensor]:
+        """One [pages, PAGE, kv_lora + rope] a layer; a row is the normed latent, then the rotated key."""
+        return [torch.zeros(pages, PAGE, self.config.latent) for _ in range(self.config.layers)]
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, cache: list[Tensor]) -> Tensor:
+        """float32 logits [S, vocab] of `batch.logit_rows`. Raises PeerLost; then the step can be run again."""
+        h = F.embedding(batch.tokens, self.weights.embedding)  # [T, hidden], the residual stream
+        x = torch.empty_like(h)
+        turns = self._turns[batch.positions].unsqueeze(1)  # [T, 1, rope / 2]
+        mask = _decode_mask(batch)
+        for layer, layer_cache in zip(self.weights.layers, cache, strict=True):
+            combine_norm(h, (), layer.attn_norm, self.config.eps, x)
+            self._attention(layer, x, turns, mask, batch, layer_cache, h)
+            combine_norm(h, (), layer.mlp_norm, self.config.eps, x)
+            self._ffn(layer, x, h)
+        last = h[batch.logit_rows]  # [S, hidden]
+        combine_norm(last, (), self.weights.norm, self.config.eps, last)
+        return torch.mm(last, self.weights.head)
+
+    def _attention(
+        self, layer: Layer, x: Tensor, turns: Tensor, mask: Tensor, batch: Batch, cache: Tensor, h: Tensor
+    ) -> None:
+        """h += attention(x)"""
+        c, n = self.config, batch.n_decode
+        q = x.new_empty(len(x), c.heads, c.nope + c.rope)
+        out = x.new_empty(len(x), c.heads, c.v_dim)
+        qkv_norm_rope_write(x, layer.qkv, turns, batch.write, cache, q)
+        up = layer.w_uk, layer.w_uv
+        if n:
+            mla_decode(q[:n], *up, cache, batch.block_table, mask, c.softmax_scale, out[:n])
+        for chunk in batch.prefill:
+            rows = slice(chunk.start, chunk.start + chunk.rows)
+            mla_prefill(q[rows], *up, cache, chunk.pages, chunk.context, c.softmax_scale, out[rows])
+        h.addmm_(out.view(len(x), -1), layer.o)
+        if layer.o_bias is not None:
+            h += layer.o_bias
+
+    def _ffn(self, layer: Layer, x: Tensor, h: Tensor) -> None:
+        """h += ffn(x), the routed experts' part through the link while the shared expert is computed here."""
+        if layer.w_gate is None:
+            _add_mlp(layer.mlp, x, h)
+            return
+        ids = torch.empty(len(x), self.config.topk, dtype=torch.int64)
+        weights = x.new_empty(len(x), self.config.topk)
+        route(x, layer.w_gate, layer.gate_bias, self._routing, ids, weights)
+        self.link.dispatch(layer.index, x, ids, weights)
+        _add_mlp(layer.mlp, x, h)
+        self.link.combine(h)
+
+
+def _add_mlp(mlp: Mlp | None, x: Tensor, h: Tensor) -> None:
+    """h += (silu(x gate) * (x up)) down"""
+    if mlp is not None:
+        gate, up = torch.mm(x, mlp.gate_up).split(len(mlp.down), 1)
+        h.addmm_(F.silu(gate).mul_(up), mlp.down)
+
+
+def _decode_mask(batch: Batch) -> Tensor:
+    """[n, 1, L]: 0 within each context, -inf past it; the same for all layers."""
+    places = torch.arange(batch.block_table.shape[1] * PAGE)
+    mask = torch.zeros(batch.n_decode, len(places))
+    return mask.masked_fill_(places >= batch.context.unsqueeze(1), -torch.inf).unsqueeze(1)
