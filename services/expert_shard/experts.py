@@ -1,0 +1,128 @@
+"""The routed experts that a shard holds, and the partial sums they give."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.checkpoint import Checkpoint
+from common.errors import ConfigError
+from common.model_config import ModelConfig
+from kernels.experts import experts, slot_table
+
+Progress = Callable[[int, int], None]
+"""(bytes loaded, bytes to load) as they are held: float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A value: a layer's experts and where they are change together."""
+
+    experts: tuple[int, ...]  # in the order of the stacks
+    slots: Tensor  # slot_table of the same order
+    gate_up: Tensor  # [held, hidden, 2 * moe_inter] float32, gate first
+    down: Tensor  # [held, moe_inter, hidden] float32
+
+
+def _names(layer: int, expert: int) -> tuple[str, str, str]:
+    """Gate, up and down of one expert."""
+    mlp = f"model.layers.{layer}.mlp.experts.{expert}"
+    return f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight", f"{mlp}.down_proj.weight"
+
+
+class ExpertStore:
+    """Loads and drops whole partitions while `compute` goes on in another thread."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
+        self._config, self._checkpoint = config, checkpoint
+        self._layers: dict[int, _Layer] = {layer: self._empty() for layer in config.moe_layers}
+        self._held: frozenset[int] = frozenset()
+        self._changing = threading.Lock()
+
+    @property
+    def held(self) -> frozenset[int]:
+        return self._held
+
+    def compute(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> bool:
+        """out [T, hidden] = sum over k of weights[:, k] * expert(ids[:, k])(x); ids that are not held give nothing.
+
+        Whether everything that was asked for (an id of -1 asks for nothing) is held.
+        """
+        held = self._layers[layer]
+        experts(x, ids, weights, held.gate_up, held.down, held.slots, out)
+        asked = ids.numpy()
+        absent = np.count_nonzero(held.slots.numpy().take(asked) == len(held.experts))
+        return absent == np.count_nonzero(asked < 0)
+
+    def check(self) -> None:
+        """Raises ConfigError naming a routed expert's tensor that the checkpoint lacks; reads no weights."""
+        for layer in self._config.moe_layers:
+            for expert in range(self._config.experts):
+                for name in _names(layer, expert):
+                    if name not in self._checkpoint:
+                        raise ConfigError(f"{self._checkpoint.folder}: tensor {name} is missing")
+
+    def load(self, partitions: Iterable[int], progress: Progress | None = None) -> None:
+        """Read what is missing of these partitions. Raises ConfigError naming a tensor that is missing or misshapen."""
+        with self._changing:
+            wanted = self._held | set(partitions)
+            new = self._experts_of(wanted - self._held)
+            size = 12 * self._config.hidden * self._config.moe_inter  # bytes of one expert of one layer
+            total = len(new) * len(self._layers) * size
+            done = 0
+            for layer in self._layers:
+                fresh = {}
+                for expert in new:
+                    fresh[expert] = self._read(layer, expert)
+                    done += size
+                    if progress is not None:
+                        progress(done, total)
+                self._replace(layer, fresh, self._experts_of(wanted))
+            self._held = wanted
+
+    def drop(self, partitions: Iterable[int]) -> None:
+        with self._changing:
+            kept = self._held - set(partitions)
+            if kept == self._held:
+                return
+            self._held = kept  # what is announced first: a layer that is on its way out is promised to nobody
+            for layer in self._layers:
+                self._replace(layer, {}, self._experts_of(kept))
+
+    def _experts_of(self, partitions: Iterable[int]) -> list[int]:
+        config = self._config
+        return sorted(e for p in partitions for e in range(p, config.experts, config.partitions))
+
+    def _empty(self) -> _Layer:
+        hidden, inter = self._config.hidden, self._config.moe_inter
+        slots = slot_table({}, self._config.experts)
+        return _Layer((), slots, torch.empty(0, hidden, 2 * inter), torch.empty(0, inter, hidden))
+
+    def _read(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, inter = self._config.hidden, self._config.moe_inter
+        gate, up, down = _names(layer, expert)
+        return (
+            self._checkpoint.tensor(gate, (inter, hidden)),
+            self._checkpoint.tensor(up, (inter, hidden)),
+            self._checkpoint.tensor(down, (hidden, inter)),
+        )
+
+    def _replace(self, layer: int, fresh: dict[int, tuple[Tensor, Tensor, Tensor]], wanted: list[int]) -> None:
+        """Hold exactly `wanted`, in this order, of old and fresh experts; the peak is one layer twice."""
+        old, inter = self._layers[layer], self._config.moe_inter
+        before = {expert: slot for slot, expert in enumerate(old.experts)}
+        gate_up = torch.empty(len(wanted), *old.gate_up.shape[1:])
+        down = torch.empty(len(wanted), *old.down.shape[1:])
+        for slot, expert in enumerate(wanted):
+            if expert in fresh:
+                gate, up, out = fresh[expert]
+                gate_up[slot, :, :inter], gate_up[slot, :, inter:], down[slot] = gate.T, up.T, out.T
+            else:
+                gate_up[slot], down[slot] = old.gate_up[before[expert]], old.down[before[expert]]
+        slots = slot_table({expert: slot for slot, expert in enumerate(wanted)}, self._config.experts)
+        self._layers[layer] = _Layer(tuple(wanted), slots, gate_up, down)

@@ -1,0 +1,61 @@
+"""Which shard gets which row of a step: an expert map and the peers that live, as a value."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.messages import ExpertMap
+from services.gpu_worker.peers import Peer
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Two tables of one map differ only in the peers that lived when they were made."""
+
+    expert_map: ExpertMap
+    peers: tuple[Peer, ...]  # sorted by shard id: the order in which partial sums are added
+    missing: tuple[int, ...]  # partitions that live on none of them
+    choose: Callable[[int], Sequence[np.ndarray]]
+    """step -> a look-up for each peer, int32 [experts + 1]: id -> id if the peer gets it in this step, else -1."""
+
+
+def make_table(expert_map: ExpertMap, peers: Iterable[Peer], experts: int, worker_id: str) -> Table:
+    live = tuple(sorted((peer for peer in peers if not peer.lost), key=lambda peer: peer.shard_id))
+    index = {peer.shard_id: i for i, peer in enumerate(live)}
+    copies = [[index[owner] for owner in owners if owner in index] for owners in expert_map.owners]
+    missing = tuple(partition for partition, owners in enumerate(copies) if not owners)
+    return Table(expert_map, live, missing, _chooser(copies, len(live), experts, worker_id))
+
+
+def _chooser(copies: list[list[int]], peers: int, experts: int, worker_id: str) -> Callable[[int], list[np.ndarray]]:
+    """A pure function of worker and step: the copies of a partition take turns, from another start for each worker."""
+    width = max([len(owners) for owners in copies] + [1])
+    owner = np.array([(owners * width or [-1] * width)[:width] for owners in copies], dtype=np.int32)
+    counts = np.array([max(1, len(owners)) for owners in copies])
+    starts = np.array([zlib.crc32(f"{worker_id} {partition}".encode()) for partition in range(len(copies))])
+    ids = np.arange(experts, dtype=np.int32)
+    partition_of = ids % max(1, len(copies))
+
+    def choose(step: int) -> list[np.ndarray]:
+        chosen = owner[np.arange(len(copies)), (starts + step) % counts][partition_of]
+        return [np.append(np.where(chosen == peer, ids, -1), -1).astype(np.int32) for peer in range(peers)]
+
+    if width > 1:
+        return choose
+    only = choose(0)
+    return lambda _: only
+
+
+def missing_reason(missing: Sequence[int], total: int, failures: dict[str, str]) -> str:
+    """One sentence; empty if nothing is missing. `failures`: what is known about the shards that are not there."""
+    if not missing:
+        return ""
+    named = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+    some = f"{len(missing)} of {total} expert partitions ({named}) live"
+    known = "; ".join(f"{shard} {why}" for shard, why in sorted(failures.items()))
+    which = "all experts live" if len(missing) == total else some
+    return f"{which} on no shard that this worker reaches" + (f": {known}" if known else "")
