@@ -1,0 +1,97 @@
+"""The gateway: the HTTP front door, and the bus side of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from common.actor import Actor
+from common.errors import Draining
+from common.messages import GatewayBeat, Message, WorkerBeat
+from common.model_config import ModelConfig
+from common.telemetry import render
+from services.gateway.app import App
+from services.gateway.generate import Generator
+from services.gateway.metrics import GatewayMetrics, everyones_metrics
+from services.gateway.peers import Peers
+from services.gateway.prepare import Preparer
+from services.gateway.server import HttpServer
+from services.gateway.streams import Streams
+from services.gateway.tokenizer import Tokenizer
+
+TELL_SECONDS = 0.1  # for the answers that say we leave
+
+
+class Gateway(Actor):
+    kind = "gateway"
+    server: HttpServer
+
+    @property
+    def port(self) -> int:
+        return self.server.port
+
+    async def start(self) -> None:
+        settings = self.settings
+        config = await asyncio.to_thread(ModelConfig.load, settings.model)
+        tokenizer = await asyncio.to_thread(Tokenizer, settings.model)
+        metrics = GatewayMetrics(self.metrics)
+        self.leaving = False
+        self.peers = Peers(self.bus, self.clock)
+        self.streams = Streams(self.bus, self.id, self.peers, metrics, self.clock, self._spawn_unless_leaving, self.log)
+        self.generator = Generator(
+            Preparer(settings, config, tokenizer), self.streams, metrics, self.clock, self.log, settings.body_limit
+        )
+        app = App(self.generator, metrics, self._why_not_ready, self._metrics_text, int(time.time()), self.log)
+        self.server = HttpServer(app, settings.host, settings.port)
+        self._subscriptions = [
+            await self.bus.subscribe("moecule.v1.*.*.beat", self._on_beat),
+            await self.streams.start(),
+        ]
+        self.spawn(self._serve(), "http")
+        self.log.info("listening", url=f"http://{settings.host}:{self.port}", model=settings.served_name)
+
+    def beat(self) -> Message:
+        return GatewayBeat(id=self.id, boot_id=self.boot_id, state=self.state)
+
+    async def drain(self) -> None:
+        self.generator.refusal = Draining("the gateway is leaving")
+        await self._until_idle(self.settings.drain_seconds)
+        self.streams.fail_all(Draining("the gateway is leaving"))
+        await self._until_idle(TELL_SECONDS)
+        await self.server.finish()
+
+    async def stop(self) -> None:
+        self.leaving = True
+        for subscription in self._subscriptions:
+            await subscription.drain()
+
+    async def _until_idle(self, seconds: float) -> None:
+        deadline = self.clock.now() + seconds
+        while self.generator.active and self.clock.now() < deadline:
+            await self.clock.sleep(0.02)
+
+    async def _serve(self) -> None:
+        try:
+            await self.server.run_until_finished()
+        finally:
+            self.leaving = True
+
+    def _spawn_unless_leaving(self, coro: Coroutine[Any, Any, None], name: str) -> None:
+        """Requests that are cut off at the very end have no one left to speak for them."""
+        if self.leaving:
+            coro.close()
+        else:
+            self.spawn(coro, name)
+
+    async def _on_beat(self, subject: str, message: Message) -> None:
+        self.peers.take(subject, message)
+        if isinstance(message, WorkerBeat):
+            self.streams.take_beat(message)
+
+    def _why_not_ready(self) -> str:
+        return "the gateway is leaving" if self.state == "draining" else self.peers.why_not_ready()
+
+    async def _metrics_text(self) -> str:
+        return await everyones_metrics(self.bus, self.peers.live(), (self.id, render(self.metrics).text))

@@ -1,0 +1,210 @@
+"""/v1/completions and /v1/chat/completions: one path from the body to the answer, streamed or whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Generic
+
+from starlette.types import Receive, Scope, Send
+
+from common.actor import first_leaf
+from common.clock import Clock
+from common.errors import BodyTooLarge, InvalidRequest, MoeculeError, RequestCancelled
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.output import Delta, Output
+from services.gateway.prepare import Job, Preparer
+from services.gateway.protocol import Body, ChatBody, CompletionBody, read_body
+from services.gateway.responses import DONE, ChatStyle, TextStyle, Usage, Writer, error_event
+from services.gateway.streams import Streams
+
+SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+JSON_HEADERS = [(b"content-type", b"application/json")]
+REMEMBERED_FIELDS = 1000  # unknown field names that were warned about
+
+OnDelta = Callable[[int, Delta], Awaitable[None]]
+
+
+class Generator:
+    """Runs the jobs of a request while its client is there."""
+
+    def __init__(
+        self, preparer: Preparer, streams: Streams, metrics: GatewayMetrics, clock: Clock, log: Any, body_limit: int
+    ) -> None:
+        self.preparer = preparer
+        self.body_limit = body_limit
+        self.active = 0  # requests whose answer is not complete
+        self.refusal: MoeculeError | None = None  # why nothing new is taken
+        self._streams = streams
+        self.metrics = metrics
+        self._clock = clock
+        self._log = log
+        self._warned: set[str] = set()
+
+    def warn_unknown(self, names: list[str]) -> None:
+        for name in names:
+            if name not in self._warned and len(self._warned) < REMEMBERED_FIELDS:
+                self._warned.add(name)
+                self._log.warning("an unknown field of a request is ignored", field=name[:100])
+
+    async def run(self, jobs: list[Job], outputs: list[Output], receive: Receive, on_delta: OnDelta) -> None:
+        """Raises RequestCancelled when the client leaves, or the error that ended one of the choices."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                watcher = group.create_task(_until_gone(receive))
+                choices = [
+                    group.create_task(self._follow(job, output, on_delta))
+                    for job, output in zip(jobs, outputs, strict=True)
+                ]
+                await asyncio.wait(choices)
+                watcher.cancel()
+        except BaseExceptionGroup as failures:
+            raise first_leaf(failures) from failures
+
+    async def _follow(self, job: Job, output: Output, on_delta: OnDelta) -> None:
+        began = last = self._clock.now()
+        async with self._streams.open(job) as stream:
+            finish, first = None, True
+            while finish is None:
+                delta = output.push(await stream.read())
+                finish = delta.finish
+                now = self._clock.now()
+                (self.metrics.first_token if first else self.metrics.next_tokens)(now - last)
+                last, first = now, False
+                if delta:
+                    await on_delta(job.index, delta)
+        self.metrics.finished(finish, last - began, len(job.prompt), output.completion_tokens)
+
+
+class Endpoint(Generic[Body]):
+    """An ASGI application for one kind of body."""
+
+    def __init__(self, generator: Generator, kind: type[Body]) -> None:
+        self._generator = generator
+        self._kind: type[Body] = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        generator = self._generator
+        if generator.refusal:
+            raise generator.refusal
+        generator.active += 1
+        generator.metrics.running.set(generator.active)
+        try:
+            await self._answer(scope, receive, send)
+        except MoeculeError as error:
+            generator.metrics.failed(error.code)
+            raise
+        finally:
+            generator.active -= 1
+            generator.metrics.running.set(generator.active)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body, unknown = read_body(await read_all(scope, receive, self._generator.body_limit), self._kind)
+        self._generator.warn_unknown(unknown)
+        preparer = self._generator.preparer
+        if isinstance(body, ChatBody):
+            jobs = await preparer.chat(body)
+            style: Any = ChatStyle(preparer.tokenizer, body.alternatives)
+        else:
+            assert isinstance(body, CompletionBody)
+            jobs = await preparer.completion(body)
+            style = TextStyle(preparer.tokenizer, body.alternatives)
+        split = isinstance(body, ChatBody) and preparer.tokenizer.reasons
+        outputs = [Output(job, preparer.tokenizer.pieces, split_reasoning=split) for job in jobs]
+        include_usage = bool(body.stream) and body.include_usage
+        writer = Writer(style, scope["moecule.request_id"], preparer.name, include_usage=include_usage)
+        if body.stream:
+            await self._stream(body, jobs, outputs, writer, receive, send)
+        else:
+            await self._whole(body, jobs, outputs, writer, receive, send)
+
+    async def _whole(
+        self, body: Body, jobs: list[Job], outputs: list[Output], writer: Writer, receive: Receive, send: Send
+    ) -> None:
+        deltas = [Delta() for _ in jobs]
+
+        async def keep(index: int, delta: Delta) -> None:
+            deltas[index].add(delta)
+
+        await self._generator.run(jobs, outputs, receive, keep)
+        data = writer.whole(deltas, usage_of(body, jobs, outputs))
+        await send({"type": "http.response.start", "status": 200, "headers": [*JSON_HEADERS, _length(data)]})
+        await send({"type": "http.response.body", "body": data})
+
+    async def _stream(
+        self, body: Body, jobs: list[Job], outputs: list[Output], writer: Writer, receive: Receive, send: Send
+    ) -> None:
+        events = EventStream(send)
+
+        async def pass_on(index: int, delta: Delta) -> None:
+            usage = usage_of(body, jobs, outputs) if body.continuous_usage else None
+            await events.send(writer.part(index, delta, usage))
+
+        try:
+            await self._generator.run(jobs, outputs, receive, pass_on)
+        except MoeculeError as error:
+            # Until the first event the answer can still be an HTTP error, which clients retry by themselves.
+            if not events.begun or isinstance(error, RequestCancelled):
+                raise
+            self._generator.metrics.failed(error.code)
+            await events.end(error_event(error))
+            return
+        if body.include_usage:
+            await events.send(writer.usage(usage_of(body, jobs, outputs)))
+        await events.end(DONE)
+
+
+class EventStream:
+    """Server-sent events; the response begins with the first one."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = False
+
+    async def send(self, data: bytes, *, more: bool = True) -> None:
+        if not self.begun:
+            self.begun = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def end(self, data: bytes) -> None:
+        await self.send(data, more=False)
+
+
+def usage_of(body: ChatBody | CompletionBody, jobs: list[Job], outputs: list[Output]) -> Usage:
+    """A prompt counts once, however many choices it has."""
+    firsts = range(0, len(jobs), body.n or 1)
+    prompt_tokens = sum(len(jobs[i].prompt) for i in firsts)
+    return Usage.of(prompt_tokens, outputs, cached_tokens=sum(outputs[i].cached_tokens for i in firsts))
+
+
+async def read_all(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The request's body. Raises BodyTooLarge, or RequestCancelled when the client leaves meanwhile."""
+    announced = dict(scope["headers"]).get(b"content-length", b"0")
+    if not announced.isdigit():
+        raise InvalidRequest("the content-length header is not a number")
+    parts, size, more = [], int(announced), True
+    while more and size <= limit:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise RequestCancelled("the client left")
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+        size = max(size, sum(map(len, parts)))
+    if size > limit:
+        raise BodyTooLarge(f"the body is larger than the limit of {limit} bytes")
+    return b"".join(parts)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise RequestCancelled("the client left")
+
+
+def _length(data: bytes) -> tuple[bytes, bytes]:
+    return b"content-length", str(len(data)).encode()
