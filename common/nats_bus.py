@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import nats.errors
 import structlog
-from nats.aio.client import Client
+from nats.aio.client import PING_PROTO, Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as ClientSubscription
 from nats.js import JetStreamContext
@@ -26,6 +26,16 @@ CONNECT_SECONDS = 10.0
 RECONNECT_WAIT_SECONDS = 0.1
 PING_SECONDS = 2
 JETSTREAM_SECONDS = 2.0
+
+
+class OrderedClient(Client):
+    """nats-py writes a PING ahead of the commands that are pending, so its `flush` returns before the server has seen
+    a SUB (messages are missed) or an UNSUB (`drain` loses requests). Here a PING waits its turn."""
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        self._pongs.append(future or asyncio.get_running_loop().create_future())
+        await self._send_command(PING_PROTO)
+        await self._flush_pending()
 
 
 class NatsSubscription:
@@ -55,7 +65,7 @@ class NatsBus:
     def __init__(self, url: str, name: str) -> None:
         self._url = url
         self._name = name
-        self._client = Client()
+        self._client = OrderedClient()
         self._since: float | None = None
         self._begun = False  # nats-py cannot close what never began to connect
         self._leaving = False

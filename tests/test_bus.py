@@ -305,6 +305,41 @@ async def test_what_was_published_before_close_arrives(make_bus: BusMaker):
         await sender.publish("a", Ok())
 
 
+async def test_a_subscription_is_known_when_subscribe_returns(make_bus: BusMaker):
+    """By others too, each time: 50 new subscriptions, and a message to each from another connection."""
+    sender, receiver = await make_bus(), await make_bus()
+    for n in range(50):
+        inbox = Inbox()
+        await receiver.subscribe(f"new.{n}", inbox)
+        await sender.publish(f"new.{n}", Ok())
+        await inbox.wait(1)
+
+
+async def test_no_request_is_lost_while_its_answerer_drains(make_bus: BusMaker):
+    """Each of the requests sent meanwhile is answered, or knows at once that nobody listens."""
+    asker = await make_bus()
+
+    async def handler(_: str, message: Message) -> Message:
+        return Ok()
+
+    async def ask(subject: str) -> str:
+        try:
+            return type(await asker.request(subject, Ok(), timeout=5)).__name__
+        except NoResponders:
+            return "NoResponders"
+
+    for n in range(20):
+        answerer = await make_bus()
+        subscription = await answerer.subscribe(f"s.{n}", handler)
+        asking = [asyncio.create_task(ask(f"s.{n}")) for _ in range(20)]
+        await asyncio.sleep(0)
+        await subscription.drain()
+        asking += [asyncio.create_task(ask(f"s.{n}")) for _ in range(5)]
+        await answerer.close()
+        answers = await asyncio.gather(*asking)
+        assert set(answers) <= {"Ok", "NoResponders"} and answers[-5:] == ["NoResponders"] * 5
+
+
 # ---- the key-value store
 
 
