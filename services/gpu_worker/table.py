@@ -24,7 +24,8 @@ class Table:
 
 
 def make_table(expert_map: ExpertMap, peers: Iterable[Peer], experts: int, worker_id: str) -> Table:
-    live = tuple(sorted((peer for peer in peers if not peer.lost), key=lambda peer: peer.shard_id))
+    named = (peer for peer in peers if not peer.lost and peer.shard_id in expert_map.shards)
+    live = tuple(sorted(named, key=lambda peer: peer.shard_id))
     index = {peer.shard_id: i for i, peer in enumerate(live)}
     copies = [[index[owner] for owner in owners if owner in index] for owners in expert_map.owners]
     missing = tuple(partition for partition, owners in enumerate(copies) if not owners)
@@ -33,6 +34,8 @@ def make_table(expert_map: ExpertMap, peers: Iterable[Peer], experts: int, worke
 
 def _chooser(copies: list[list[int]], peers: int, experts: int, worker_id: str) -> Callable[[int], list[np.ndarray]]:
     """A pure function of worker and step: the copies of a partition take turns, from another start for each worker."""
+    if not copies:
+        return lambda _: []
     width = max([len(owners) for owners in copies] + [1])
     owner = np.array([(owners * width or [-1] * width)[:width] for owners in copies], dtype=np.int32)
     counts = np.array([max(1, len(owners)) for owners in copies])

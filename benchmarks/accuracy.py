@@ -1,0 +1,91 @@
+"""How often models/tiny is right, through the REST endpoint, on held-out prompts drawn with a seed of their own.
+
+python -m benchmarks.accuracy [--url http://127.0.0.1:8000] [--cases 300] [--seed 1]
+
+Without --url it starts a cluster on free ports. Exit status 1 if a figure is under its goal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import sys
+from random import Random
+
+import openai
+
+from benchmarks.cluster import cluster
+from training import data
+
+# task -> (how an example is made, the least share that must be right; None: only printed)
+SUITE = {
+    "add": (None, 0.97),
+    "retrieve at 1,000 tokens": (functools.partial(data.retrieval, tokens=1000), 0.95),
+    "retrieve at 2,000 tokens": (functools.partial(data.retrieval, tokens=2000), 0.95),
+    "subtract": (None, None),
+    "reverse": (None, None),
+    "sort": (None, None),
+    "count": (None, None),
+}
+STREAMS = 16
+
+
+def examples(name: str, count: int, seed: int) -> list[data.Example]:
+    make, _ = SUITE[name]
+    rng = Random(f"{seed}/{name}")
+    found: dict[str, data.Example] = {}
+    while len(found) < count:
+        example = data.draw(name.split()[0], rng, held_out=True, make=make)
+        found.setdefault(example.key, example)
+    return list(found.values())
+
+
+async def score(client: openai.AsyncOpenAI, model: str, cases: list[data.Example], name: str) -> float:
+    gate, done, right = asyncio.Semaphore(STREAMS), 0, 0
+
+    async def one(example: data.Example) -> None:
+        nonlocal done, right
+        async with gate:
+            answer = await client.chat.completions.create(
+                model=model, messages=list(example.messages), temperature=0, max_tokens=512
+            )
+        message = answer.choices[0].message
+        text = f"{getattr(message, 'reasoning_content', '') or ''}{data.END_THINK}{message.content or ''}"
+        right += data.is_right(example, text)
+        done += 1
+        print(f"\r{name}: {done}/{len(cases)}, {right} right", end="", file=sys.stderr, flush=True)
+
+    await asyncio.gather(*(one(example) for example in cases))
+    print(file=sys.stderr)
+    return right / len(cases)
+
+
+async def run(url: str, cases: int, seed: int) -> bool:
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=600)
+    model = (await client.models.list()).data[0].id
+    print(f"model {model}, {cases} held-out prompts a task, seed {seed}, greedy\n")
+    print("| task | right | goal |\n|---|--:|--:|")
+    passed = True
+    for name, (_, goal) in SUITE.items():
+        share = await score(client, model, examples(name, cases, seed), name)
+        passed &= goal is None or share >= goal
+        print(f"| {name} | {share:.1%} | {'' if goal is None else f'{goal:.0%}'} |", flush=True)
+    return passed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", help="a running endpoint; default: start a cluster")
+    parser.add_argument("--cases", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    with contextlib.ExitStack() as stack:
+        url = arguments.url or stack.enter_context(cluster(log_level="warning")).url
+        passed = asyncio.run(run(url, arguments.cases, arguments.seed))
+    sys.exit(0 if passed else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""The worker's asyncio side: it receives, publishes and keeps time. The step loop is engine.py."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from common.actor import Actor
+from common.bus import Subscription
+from common.checkpoint import Checkpoint
+from common.errors import (
+    BusUnavailable,
+    ContextLengthExceeded,
+    Draining,
+    ExpertsUnavailable,
+    InternalError,
+    InvalidRequest,
+    MoeculeError,
+    NotFound,
+    Overloaded,
+)
+from common.messages import (
+    Abort,
+    ExpertMap,
+    GatewayBeat,
+    Generate,
+    GetMap,
+    Message,
+    Ok,
+    PagesChanged,
+    Resume,
+    SchedulerBeat,
+    StepTokens,
+    WorkerBeat,
+    subject,
+    subject_of_kind,
+)
+from common.model_config import ModelConfig
+from common.pages import PAGE
+from services.gpu_worker.engine import Engine, Stats, StepOutput
+from services.gpu_worker.links import ExpertLinks
+from services.gpu_worker.metrics import WorkerMetrics
+from services.gpu_worker.model import Model
+from services.gpu_worker.pages import PageAllocator
+from services.gpu_worker.planner import Planner
+from services.gpu_worker.streams import Streams
+
+GATEWAY_SILENT_SECONDS = 2.0
+
+
+class Worker(Actor):
+    kind = "worker"
+    engine: Engine
+
+    async def start(self) -> None:
+        settings = self.settings
+        self.config = await asyncio.to_thread(ModelConfig.load, settings.model)
+        self.max_context = min(settings.max_context or self.config.max_positions, self.config.max_positions)
+        self.streams = Streams(self.clock)
+        self.metered = WorkerMetrics(self.metrics)
+        self._stats = Stats(0, 0, 0, 0)
+        self._admitted_tokens = 0  # prompt tokens handed to the engine since its last step
+        self._gateways: dict[str, tuple[str, float]] = {}  # id -> (boot id, when it was last heard)
+        self._pages: set[bytes] = set()
+        self._pages_seq = 0
+        self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
+        self._map_wanted = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self.links = ExpertLinks(
+            self.bus,
+            self.config,
+            worker_id=self.id,
+            boot_id=self.boot_id,
+            node=self.node,
+            mode=settings.link,
+            decode_rows=settings.max_batch,
+            prefill_rows=settings.max_batch + settings.chunk_tokens,
+            loop=self._loop,
+        )
+        self.links.on_change = self.beat_now
+        self.engine = await asyncio.to_thread(self._make_engine)
+        self.engine.start()
+        self.spawn(self._publish_outputs(), "outputs")
+        self.spawn(self._follow_map(), "map")
+        self.spawn(self._watch_gateways(), "gateways")
+        self._subscriptions = [
+            await self.bus.subscribe("moecule.v1.scheduler.*.beat", self._on_scheduler),
+            await self.bus.subscribe("moecule.v1.gateway.*.beat", self._on_gateway),
+            await self.bus.subscribe(self._subject("abort"), self._on_abort),
+            await self.bus.subscribe(self._subject("resume"), self._on_resume),
+            await self.bus.subscribe(self._subject("allpages"), self._on_get_pages),
+        ]
+        self._admissions: Subscription = await self.bus.subscribe(self._subject("admit"), self._on_admit)
+
+    def beat(self) -> Message:
+        if self.state == "starting":
+            return WorkerBeat(
+                id=self.id, boot_id=self.boot_id, node=self.node, model="", state=self.state, map_version=0,
+                reason="the worker is loading the model",
+            )  # fmt: skip
+        return WorkerBeat(
+            id=self.id,
+            boot_id=self.boot_id,
+            node=self.node,
+            model=self.config.fingerprint,
+            state=self.state,
+            map_version=self.links.version,
+            reason=self.links.reason,
+            running=self._stats.running,
+            waiting=max(0, len(self.streams.live) - self._stats.running),
+            queue_limit=self.settings.queue_limit,
+            pending_tokens=self._stats.pending_tokens + self._admitted_tokens,
+            pages_used=self._stats.pages_used,
+            pages_total=self.engine.planner.allocator.total,
+        )
+
+    async def drain(self) -> None:
+        await self._admissions.drain()
+        deadline = self.clock.now() + self.settings.drain_seconds
+        while self.streams.live and self.clock.now() < deadline:
+            await self.clock.sleep(0.02)
+        left = tuple(self.streams.live)
+        self.engine.abort(left, Draining("the worker is leaving"))
+        while self.streams.live and self.clock.now() < deadline + 0.4:
+            await self.clock.sleep(0.02)
+
+    async def stop(self) -> None:
+        for subscription in self._subscriptions:
+            await subscription.drain()
+        await asyncio.to_thread(self.engine.stop)
+        await self.links.close()
+
+    def _subject(self, verb: str) -> str:
+        return subject(self.kind, self.id, verb)
+
+    def _make_engine(self) -> Engine:
+        import torch
+
+        torch.set_num_threads(self.settings.threads)
+        model = Model(self.config, Checkpoint(self.settings.model), self.links, threads=self.settings.threads)
+        total = self.settings.kv_pages or default_pages(self.config)
+        planner = Planner(
+            PageAllocator(total),
+            self.config.fingerprint,
+            max_batch=self.settings.max_batch,
+            chunk_tokens=self.settings.chunk_tokens,
+            prefix_cache=self.settings.prefix_cache,
+        )
+        return Engine(self.config, model, planner, self._from_engine, self.log)
+
+    # ---- requests
+
+    async def _on_admit(self, _: str, message: Message) -> Message:
+        if not isinstance(message, Generate):
+            raise InvalidRequest("expected a Generate message")
+        self._refuse_if_impossible(message)
+        if self.links.reason:
+            raise ExpertsUnavailable(self.links.reason)
+        if len(self.streams.live) >= self.settings.queue_limit + self.settings.max_batch:
+            raise Overloaded(f"the queue of worker {self.id} is full")
+        self._gateways.setdefault(message.gateway_id, ("", self.clock.now()))
+        self.streams.open(message)
+        self._admitted_tokens += len(message.prompt)
+        self.engine.submit(message)
+        return Ok()
+
+    def _refuse_if_impossible(self, request: Generate) -> None:
+        sampling = request.sampling
+        total = len(request.prompt) + sampling.max_tokens
+        cache_tokens = self.engine.planner.allocator.total * PAGE
+        if request.request_id in self.streams:
+            raise InvalidRequest(f"request {request.request_id} is known already")
+        if not request.prompt or sampling.max_tokens < 1:
+            raise InvalidRequest("a request needs at least one prompt token and one output token")
+        if not all(0 <= token < self.config.vocab for token in request.prompt):
+            raise InvalidRequest(f"token ids must be from 0 to {self.config.vocab - 1}", "prompt")
+        if total > self.max_context:
+            raise ContextLengthExceeded(f"prompt and output are {total} tokens, the context holds {self.max_context}")
+        if total > cache_tokens:
+            raise ContextLengthExceeded(
+                f"prompt and output are {total} tokens, the whole KV cache holds {cache_tokens}: raise MOECULE_KV_PAGES"
+            )
+
+    async def _on_abort(self, _: str, message: Message) -> None:
+        if isinstance(message, Abort):
+            self.engine.abort(message.request_ids)
+
+    async def _on_resume(self, _: str, message: Message) -> Message:
+        if not isinstance(message, Resume) or (chunk := self.streams.chunk(message.request_id, message.index)) is None:
+            raise NotFound("this worker does not know the request")
+        return StepTokens(worker_id=self.id, boot_id=self.boot_id, chunks=(chunk,))
+
+    async def _on_get_pages(self, _: str, message: Message) -> Message:
+        return self._pages_message(added=tuple(self._pages), full=True)
+
+    # ---- what the engine produced
+
+    def _from_engine(self, output: StepOutput) -> None:
+        self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
+
+    async def _publish_outputs(self) -> None:
+        while True:
+            output = await self._outputs.get()
+            self._stats, self._admitted_tokens = output.stats, 0
+            self.metered.step(output)
+            for gateway_id, chunks in output.chunks.items():
+                for chunk in chunks:
+                    self.streams.take(chunk)
+                message = StepTokens(worker_id=self.id, boot_id=self.boot_id, chunks=tuple(chunks))
+                await self._publish(subject("gateway", gateway_id, "tokens"), message)
+            if output.added or output.evicted:
+                await self._tell_pages(output)
+            if self.engine.crashed:
+                raise InternalError("the step loop crashed") from self.engine.crashed
+
+    async def _publish(self, to: str, message: Message) -> None:
+        try:
+            await self.bus.publish(to, message)
+        except BusUnavailable as error:
+            # Nothing is lost: tokens are kept in self.streams, and whoever misses some asks again.
+            self.log.warning("not published", subject=to, why=error.message)
+
+    async def _tell_pages(self, output: StepOutput) -> None:
+        # One step may evict a page and learn the same hash again: what the cache knows now decides.
+        knows = self.engine.planner.allocator.knows
+        added = {h for h in output.added if knows(h)}
+        evicted = {h for h in output.evicted if not knows(h)}
+        self._pages = (self._pages | added) - evicted
+        self._pages_seq += 1
+        message = self._pages_message(added=tuple(added), evicted=tuple(evicted))
+        await self._publish(self._subject("pages"), message)
+
+    def _pages_message(self, **fields) -> PagesChanged:
+        return PagesChanged(worker_id=self.id, boot_id=self.boot_id, seq=self._pages_seq, **fields)
+
+    # ---- who else is there
+
+    async def _on_scheduler(self, _: str, message: Message) -> None:
+        if isinstance(message, SchedulerBeat) and message.map_version > self.links.version:
+            self._map_wanted.set()
+
+    async def _follow_map(self) -> None:
+        while True:
+            await self._map_wanted.wait()
+            self._map_wanted.clear()
+            try:
+                new_map = await self.bus.request(subject_of_kind("map"), GetMap())
+                if isinstance(new_map, ExpertMap) and self._is_newer(new_map):
+                    await self.links.set_map(new_map)
+                    self.log.info("expert map", version=new_map.version, reason=self.links.reason)
+                    self.beat_now()
+            except MoeculeError as error:
+                # The next heartbeat of the scheduler wakes this again.
+                self.log.warning("the expert map could not be taken over", why=error.message)
+
+    def _is_newer(self, new_map: ExpertMap) -> bool:
+        return new_map.model == self.config.fingerprint and new_map.version > self.links.version
+
+    async def _on_gateway(self, _: str, message: Message) -> None:
+        if not isinstance(message, GatewayBeat):
+            return
+        before, _when = self._gateways.get(message.id, ("", 0.0))
+        if before and before != message.boot_id:
+            self._drop_gateway(message.id, "it was restarted")
+        self._gateways[message.id] = (message.boot_id, self.clock.now())
+
+    async def _watch_gateways(self) -> None:
+        """Silence counts only while our own connection stands, and from when it was made."""
+        while True:
+            await self.clock.sleep(GATEWAY_SILENT_SECONDS / 8)
+            now = self.clock.now()
+            for gateway_id, (_, heard) in list(self._gateways.items()):
+                if min(now - heard, self.bus.connected_for()) > GATEWAY_SILENT_SECONDS:
+                    self._drop_gateway(gateway_id, "it is silent")
+                    del self._gateways[gateway_id]
+
+    def _drop_gateway(self, gateway_id: str, why: str) -> None:
+        if requests := self.streams.of_gateway(gateway_id):
+            self.log.warning("gateway lost, its requests end", gateway=gateway_id, requests=len(requests), why=why)
+            self.engine.abort(requests)
+
+
+def default_pages(config: ModelConfig) -> int:
+    """A sixteenth of the machine's memory, at most 4096 pages."""
+    page_bytes = config.layers * PAGE * (config.kv_lora + config.rope) * 4
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(16, min(4096, memory // 16 // page_bytes))
