@@ -14,6 +14,7 @@ from common.settings import Settings
 
 EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
+LAST_WORDS_SECONDS = 0.6  # after the drain; honcho kills 5 s after it told everyone to leave
 NATS_CONF = Path(__file__).resolve().parent.parent / "nats.conf"
 LISTEN, ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
 
@@ -42,7 +43,7 @@ class ActorLine:
             self._announced = True
             print(ready_line(self._settings), flush=True)
 
-    def may_stop(self) -> bool:
+    def may_stop(self, waited: float) -> bool:
         return True
 
     def ends_start(self, code: int, lives: int) -> bool:
@@ -57,10 +58,12 @@ class NatsLine:
         self._local = True
         self._store: str | None = None
         self._came_up = False
+        self._patience = 0.0  # seconds
 
     def check(self) -> None:
         settings = Settings.from_env()
         check_model(settings)
+        self._patience = settings.drain_seconds + LAST_WORDS_SECONDS
         self._address = nats_address(settings)
         self._local = check_nats_port(settings)
 
@@ -80,9 +83,9 @@ class NatsLine:
             self._came_up = True
             self._drop_store()
 
-    def may_stop(self) -> bool:
+    def may_stop(self, waited: float) -> bool:
         """The others say goodbye over NATS, so they go first."""
-        return sockets_on(self._address[1], ESTABLISHED) == 0
+        return waited > self._patience or sockets_on(self._address[1], ESTABLISHED) == 0
 
     def ends_start(self, code: int, lives: int) -> bool:
         if self._came_up:

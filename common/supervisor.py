@@ -24,7 +24,6 @@ from common.settings import Settings
 EXIT_CONFIG = 78
 TICK_SECONDS = 0.1
 LONG_LIFE_SECONDS = 10.0  # a child that lived so long is restarted as if for the first time
-STOP_SECONDS = 4.6  # honcho kills after 5
 OTHERS_SPEAK_SECONDS = 3.0
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD}
 
@@ -56,8 +55,8 @@ class Line(Protocol):
         """Called about ten times a second while the child runs."""
         ...
 
-    def may_stop(self) -> bool:
-        """Whether the child may be told to leave, after the parent was."""
+    def may_stop(self, waited: float) -> bool:
+        """Whether the child may be told to leave, `waited` seconds after the parent was."""
         ...
 
     def ends_start(self, code: int, lives: int) -> bool:
@@ -79,7 +78,7 @@ class Supervisor:
     def __init__(self, line: Line) -> None:
         self._line = line
         self._stops = 0  # how often we were told to stop
-        self._stopping_since = 0.0
+        self._told_at = 0.0
         self._watch = AncestorWatch()
 
     def run(self) -> int:
@@ -104,18 +103,17 @@ class Supervisor:
 
     def _wait(self, child: subprocess.Popen[bytes] | None) -> int:
         """The exit code of the child, which is told to stop when we are; without one, until we are told."""
-        told = 0
+        told = False
         while (code := child.poll() if child else (0 if self._stops else None)) is None:
             self._take_signal(TICK_SECONDS)
             self._line.tick()
             if child is None or not self._stops:
                 continue
-            late = time.monotonic() - self._stopping_since > STOP_SECONDS
-            if self._stops > 1 or (late and told):
+            if self._stops > 1:
                 child.kill()
-            elif not told and (late or self._line.may_stop()):
+            elif not told and self._line.may_stop(time.monotonic() - self._told_at):
                 child.terminate()
-                told = 1
+                told = True
         return code
 
     def _pause(self, seconds: float) -> None:
@@ -129,7 +127,7 @@ class Supervisor:
         asked = info is not None and info.si_signo != signal.SIGCHLD
         if asked or (not self._stops and self._watch.gone()):
             self._stops += 1
-            self._stopping_since = self._stopping_since or time.monotonic()
+            self._told_at = self._told_at or time.monotonic()
 
 
 class AncestorWatch:

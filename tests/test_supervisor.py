@@ -1,0 +1,324 @@
+"""The supervising parents, with real processes: what they restart, what ends them, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.lines import ready_line
+from common.nats_bus import NatsBus
+from common.settings import Settings
+from common.supervisor import restart_delay
+from tests.conftest import REPO
+
+TOY = """
+import os, signal, sys, time
+
+def leave(*_):
+    print("told to leave", flush=True)
+    time.sleep(float(os.environ.get("TOY_DRAIN", "0")))
+    print("left", flush=True)
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, leave)
+print("child", os.getpid(), flush=True)
+if code := os.environ.get("TOY_EXIT"):
+    time.sleep(float(os.environ.get("TOY_LIFE", "0")))
+    sys.exit(int(code))
+while True:
+    signal.pause()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(condition, seconds: float = 8.0) -> float:
+    """How long it took."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, "it did not happen"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+class Family:
+    """Processes with a mark in their environment, which their children inherit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir()
+        (folder / "toy.py").write_text(TOY)
+        self.mark = uuid.uuid4().hex
+        self.port = free_port()
+        self.nats_port = free_port()
+        self.started: list[subprocess.Popen[str]] = []
+
+    def environment(self, **more: str) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOECULE_", "HONCHO_"))}
+        return kept | {
+            "PATH": f"{Path(sys.executable).parent}:{kept['PATH']}",
+            "PYTHONPATH": str(self.folder),
+            "PYTHONUNBUFFERED": "1",
+            "TMPDIR": str(self.temporary),
+            "FAMILY": self.mark,
+            "MOECULE_PORT": str(self.port),
+            "MOECULE_NATS_URL": f"nats://127.0.0.1:{self.nats_port}",
+            **more,
+        }
+
+    def start(self, *command: str, **more: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=REPO, env=self.environment(**more), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def supervise(self, *line: str, **more: str) -> subprocess.Popen[str]:
+        return self.start("common.supervisor", *line, **more)
+
+    def pids(self, what: str = "") -> list[int]:
+        """Those alive; one that ended and was not waited for has no command line."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit():
+                with contextlib.suppress(OSError):
+                    line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    if line and what in line and f"FAMILY={self.mark}".encode() in (folder / "environ").read_bytes():
+                        found.append(int(folder.name))
+        return found
+
+    def end(self) -> None:
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.started:
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Iterator[Family]:
+    one = Family(tmp_path)
+    yield one
+    one.end()
+
+
+def child_of(process: subprocess.Popen[str]) -> int:
+    """The pid that the toy prints first; what the parent says before is skipped."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("child "):
+            return int(line.split()[1])
+    raise AssertionError("there was no child")
+
+
+def rest(process: subprocess.Popen[str]) -> str:
+    return process.communicate(timeout=10)[0]
+
+
+# ---- an actor's line
+
+
+def test_a_killed_child_is_back_at_once(family: Family):
+    parent = family.supervise("toy")
+    first = child_of(parent)
+    began = time.monotonic()
+    os.kill(first, signal.SIGKILL)
+    second = child_of(parent)
+    assert second != first and time.monotonic() - began < 2
+    os.kill(second, signal.SIGTERM)  # a child that was asked to leave is replaced too: a rolling restart
+    assert child_of(parent) not in (first, second)
+
+
+def test_back_off_grows_to_5_seconds():
+    delays = [restart_delay(n) for n in range(1, 8)]
+    assert delays[0] < 0.2 and delays == sorted(delays) and delays[-1] == 5.0
+
+
+@pytest.mark.parametrize("code", [78, 69], ids=["configuration", "no NATS"])
+def test_what_would_fail_again_ends_the_start(family: Family, code: int):
+    parent = family.supervise("toy", TOY_EXIT=str(code))
+    assert rest(parent).count("child") == 1 and parent.returncode == 78
+    assert family.pids() == []
+
+
+def test_a_crash_is_not_the_end(family: Family):
+    parent = family.supervise("toy", TOY_EXIT="1")
+    assert len({child_of(parent) for _ in range(3)}) == 3
+    assert parent.poll() is None
+
+
+def test_a_killed_parent_takes_its_child_along(family: Family):
+    parent = family.supervise("toy")
+    child = child_of(parent)
+    assert child in family.pids()
+    parent.kill()
+    until(lambda: family.pids() == [])
+
+
+def test_a_signal_to_the_group_reaches_the_child_once(family: Family):
+    parent = family.supervise("toy", TOY_DRAIN="0.2")
+    child = child_of(parent)
+    assert os.getsid(child) == child != os.getsid(parent.pid)
+    os.killpg(parent.pid, signal.SIGTERM)
+    assert rest(parent) == "told to leave\nleft\n" and parent.returncode == 0
+    assert family.pids() == []
+
+
+def test_a_second_signal_kills_the_child(family: Family):
+    parent = family.supervise("toy", TOY_DRAIN="60")
+    child_of(parent)
+    parent.terminate()
+    assert parent.stdout is not None and parent.stdout.readline() == "told to leave\n"
+    parent.send_signal(signal.SIGINT)
+    assert rest(parent) == "" and family.pids() == []
+
+
+def test_a_signal_during_back_off_ends_it(family: Family):
+    parent = family.supervise("toy", TOY_EXIT="1")
+    for _ in range(4):
+        child_of(parent)
+    parent.terminate()
+    rest(parent)
+    assert parent.returncode == 0 and family.pids() == []
+
+
+# ---- what ends a start
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "sentence"),
+    [
+        ("MOECULE_MAX_BATCH", "many", "MOECULE_MAX_BATCH is 'many': use a whole number"),
+        ("MOECULE_MODEL", "no/such", "there is no model folder 'no/such' (MOECULE_MODEL)"),
+        ("MOECULE_NATS_URL", "nats://:x", "MOECULE_NATS_URL is 'nats://:x': use nats://HOST:PORT"),
+        ("MOECULE_HOST", "192.0.2.1", "MOECULE_HOST is '192.0.2.1': that is no address of this machine"),
+    ],
+)
+def test_the_check_names_what_is_wrong(family: Family, setting: str, value: str, sentence: str):
+    check = family.supervise("--check", **{setting: value})
+    assert rest(check) == f"moecule: {sentence}\n" and check.returncode == 78
+
+
+def test_the_check_passes_and_says_nothing(family: Family):
+    check = family.supervise("--check")
+    assert rest(check) == "" and check.returncode == 0
+
+
+@pytest.mark.parametrize("which", ["port", "nats_port"])
+def test_a_taken_port_is_said(family: Family, which: str):
+    port = getattr(family, which)
+    with socket.create_server(("127.0.0.1", port)):
+        check = family.supervise("--check")
+        said = rest(check)
+    assert check.returncode == 78 and said.count("\n") == 1 and f"127.0.0.1:{port}" in said and "taken" in said
+
+
+def test_honcho_says_a_malformed_setting_once_and_leaves_nothing(family: Family):
+    honcho = family.start("honcho", "start", "--no-colour", MOECULE_DRAIN_SECONDS="-1")
+    said = rest(honcho)
+    assert honcho.returncode == 78 and said.count("MOECULE_DRAIN_SECONDS is -1: use at least 0 s") == 1
+    assert family.pids() == []
+
+
+def test_lines_end_when_honcho_is_killed(family: Family):
+    (family.folder / "Procfile").write_text("toy: exec python -m common.supervisor toy\n")
+    honcho = family.start("honcho", "start", "-f", str(family.folder / "Procfile"), "-d", str(REPO))
+    until(lambda: family.pids("-m toy") != [])
+    honcho.kill()
+    until(lambda: family.pids("toy") == [])
+
+
+def test_the_line_that_ends_a_start():
+    line = ready_line(Settings(host="0.0.0.0", port=8123, model_name="small"))
+    assert "http://127.0.0.1:8123/v1/chat/completions" in line and '"model": "small"' in line and "\n" not in line
+
+
+# ---- NATS's line
+
+
+async def connected(family: Family) -> NatsBus:
+    bus = NatsBus(f"nats://127.0.0.1:{family.nats_port}", "test")
+    await bus.connect()
+    return bus
+
+
+async def test_nats_is_kept_alive_in_memory_alone(family: Family):
+    parent = family.supervise("--nats")
+    bus = await connected(family)
+    assert bus.max_payload == 8 * 1024 * 1024 or bus.max_payload == 8_000_000
+    await bus.kv_put("maps", "map", b"1", 0)
+    await asyncio.to_thread(until, lambda: list(family.temporary.iterdir()) == [])
+    (server,) = family.pids("nats-server -c")
+    back = asyncio.Event()
+
+    async def on_reconnect() -> None:
+        back.set()
+
+    bus.on_reconnect(on_reconnect)
+    os.kill(server, signal.SIGKILL)
+    await asyncio.wait_for(back.wait(), 5)
+    assert await bus.kv_get("maps", "map") is None and await bus.kv_put("maps", "map", b"2", 0) > 0
+    await asyncio.to_thread(until, lambda: list(family.temporary.iterdir()) == [])
+    await bus.close()
+    parent.kill()
+    await asyncio.to_thread(until, lambda: family.pids() == [])
+
+
+async def test_nats_goes_last(family: Family):
+    parent = family.supervise("--nats")
+    bus = await connected(family)
+    await asyncio.to_thread(until, lambda: list(family.temporary.iterdir()) == [])
+    parent.terminate()
+    await asyncio.sleep(0.5)
+    assert bus.connected and parent.poll() is None, "somebody is still there"
+    await bus.close()
+    began = time.monotonic()
+    await asyncio.to_thread(rest, parent)
+    assert parent.returncode == 0 and time.monotonic() - began < 2
+    assert family.pids() == [] and list(family.temporary.iterdir()) == []
+
+
+async def test_nats_does_not_wait_for_ever(family: Family):
+    parent = family.supervise("--nats", MOECULE_DRAIN_SECONDS="0.2")
+    bus = await connected(family)
+    began = time.monotonic()
+    parent.terminate()
+    await asyncio.to_thread(rest, parent)
+    assert parent.returncode == 0 and 0.7 < time.monotonic() - began < 4 and family.pids() == []
+    await bus.close()
+
+
+def test_a_taken_nats_port_ends_the_start(family: Family):
+    with socket.create_server(("127.0.0.1", family.nats_port)):
+        parent = family.supervise("--nats")
+        said = rest(parent)
+    assert parent.returncode == 78 and said.count("\n") == 1 and str(family.nats_port) in said
+
+
+def test_nats_elsewhere_is_not_started_here(family: Family):
+    parent = family.supervise("--nats", MOECULE_NATS_URL="nats://192.0.2.1:4222", MOECULE_PROT="1")
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "moecule: MOECULE_PROT is no setting; did you mean MOECULE_PORT? (ignored)\n"
+    assert "expected at 192.0.2.1:4222" in parent.stdout.readline()
+    parent.terminate()
+    rest(parent)
+    assert parent.returncode == 0
