@@ -183,8 +183,6 @@ class Streams:
                 if not isinstance(error, BusUnavailable):
                     stream.worker_id = ""  # refused for good; after a time-out it may have been admitted: abort it
                 raise
-        if stream.error:
-            raise stream.error
         stream.admitted = True
         stream.heard = self._clock.now()
 
