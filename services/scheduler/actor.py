@@ -282,6 +282,8 @@ class Scheduler(Actor):
         message = LoadPartitions(version=self.keeper.announced, partitions=partitions)
         try:
             await self.bus.request(subject("shard", shard.id, "load"), message)
+        except NoResponders:
+            return  # it is ending or reconnecting; if it lives, the next tick tells it
         except MoeculeError as error:
             self.log.warning("a shard was not told what to hold", peer=shard.id, why=error.message)
             return

@@ -118,11 +118,13 @@ class MapKeeper:
         return tuple(_holders(owners[p], p, live) for p in range(self.partitions))
 
     def _all_loaded(self, live: dict[str, ShardBeat]) -> bool:
-        if self.target is None:
-            return False
-        return all(
-            expert_map.partitions_of(self.target, s) <= set(live[s].held) for s in self._target_members if s in live
-        )
+        return self.target is not None and not any(self._is_loading(live[s]) for s in self._target_members if s in live)
+
+    def _is_loading(self, beat: ShardBeat) -> bool:
+        """Whether it has not all it shall have; a shard that nothing is planned for yet counts as loading."""
+        if beat.id not in self._target_members:
+            return beat.state != "draining"
+        return not expert_map.partitions_of(self.target or (), beat.id) <= set(beat.held)
 
     def _acknowledged(self, workers: Iterable[WorkerBeat]) -> bool:
         # A worker that is starting has no request yet, and its first map will be this one or a newer one.
@@ -152,7 +154,7 @@ class MapKeeper:
         if self.complete:
             return ""
         live = {beat.id: beat for beat in shards}
-        loading = ", ".join(f"{s} {_percent(live[s])}" for s in sorted(live) if live[s].state != "draining")
+        loading = ", ".join(f"{s} {_percent(live[s])}" for s in sorted(live) if self._is_loading(live[s]))
         if self.map is None:
             return f"experts are being loaded by {loading}" if loading else "no expert shard is running"
         gaps = expert_map.missing(self.map.owners)
