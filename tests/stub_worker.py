@@ -107,6 +107,8 @@ class StubWorker:
             if request.request_id in self.aborted:
                 return
             await self._send(request, i, token, last=i + 1 == len(tokens))
+            for _ in range(10):  # turns of the loop, in which a gateway that keeps up passes the token on
+                await asyncio.sleep(0)
 
     async def _send(self, request: Generate, index: int, token: int, last: bool) -> None:
         logprobs = None

@@ -39,14 +39,15 @@ class World:
     scheduler: StubScheduler
 
     async def settle(self) -> None:
-        await self.clock.advance(0)
-        await self.clock.advance(0)
+        for _ in range(20):
+            await self.clock.advance(0)
 
     async def pass_time(self, seconds: float, *beating: StubWorker) -> None:
         for _ in range(round(seconds * 10)):
             for worker in beating:
                 await worker.beat()
             await self.clock.advance(0.1)
+        await self.settle()
 
     def running(self, job: Job | None = None) -> Request:
         return Request(self, job or a_job())
@@ -148,6 +149,7 @@ async def test_a_gap_is_asked_for_at_once(world: World) -> None:
 async def test_a_lost_end_is_asked_for_after_half_a_second(world: World) -> None:
     world.one.lost = {8, 9}
     request = world.running()
+    await world.settle()
     await world.pass_time(0.4, world.one)
     assert (request.tokens, world.one.resumed) == (TOKENS[:8], [])
     await world.pass_time(0.3, world.one)
