@@ -6,6 +6,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from common.errors import ConfigError
@@ -15,6 +16,7 @@ from common.settings import Settings
 EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
 LAST_WORDS_SECONDS = 0.6  # after the drain; honcho kills 5 s after it told everyone to leave
+READY_SECONDS = 0.5  # between two looks at /ready
 NATS_CONF = Path(__file__).resolve().parent.parent / "nats.conf"
 LISTEN, ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
 
@@ -24,6 +26,7 @@ class ActorLine:
         self.name = module
         self._settings: Settings | None = None
         self._announced = not module.endswith(".gateway")
+        self._asked_at = 0.0
 
     def check(self) -> None:
         self._settings = Settings.from_env()
@@ -39,7 +42,10 @@ class ActorLine:
 
     def tick(self) -> None:
         """The gateway's parent tells when the cluster can be used: the last line of a start."""
-        if not self._announced and self._settings and is_ready(self._settings.host, self._settings.port):
+        if self._announced or self._settings is None or time.monotonic() - self._asked_at < READY_SECONDS:
+            return
+        self._asked_at = time.monotonic()
+        if is_ready(self._settings.host, self._settings.port):
             self._announced = True
             print(ready_line(self._settings), flush=True)
 

@@ -325,4 +325,7 @@ def encode(message: Message) -> bytes:
 
 def decode(data: bytes) -> Message:
     """Raises msgspec.DecodeError (ValidationError included) on anything that is not one of these messages."""
-    return _decoder.decode(data)
+    try:
+        return _decoder.decode(data)
+    except UnicodeDecodeError as error:  # msgspec lets it through as it is
+        raise msgspec.DecodeError(str(error)) from error

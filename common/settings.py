@@ -68,12 +68,12 @@ class Settings:
 
 def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
     """One sentence for each MOECULE_ variable that is no setting."""
-    known = {PREFIX + field.name.upper() for field in dataclasses.fields(Settings)}
+    known = {field.name.upper() for field in dataclasses.fields(Settings)}
     sentences = []
     for name in os.environ if environ is None else environ:
-        if name.startswith(PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            sentences.append(f"{name} is no setting" + (f"; did you mean {near[0]}?" if near else ""))
+        if name.startswith(PREFIX) and (rest := name.removeprefix(PREFIX)) not in known:
+            near = difflib.get_close_matches(rest, known, n=1)
+            sentences.append(f"{name} is no setting" + (f"; did you mean {PREFIX}{near[0]}?" if near else ""))
     return sentences
 
 

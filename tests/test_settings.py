@@ -1,0 +1,71 @@
+"""Settings: what they are without a variable, what a variable may hold, and the sentence for what it may not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from common.errors import ConfigError
+from common.settings import PREFIX, Settings, actor_id, node_id, unknown_settings
+
+
+def test_without_a_variable_they_are_the_defaults():
+    assert Settings.from_env({}) == Settings()
+    assert Settings.from_env({"MOECULE_PORT": "  "}) == Settings(), "an empty variable counts as none"
+
+
+def test_each_kind_is_read():
+    env = {"PORT": "9000", "DRAIN_SECONDS": "1.5", "PREFIX_CACHE": "off", "LINK": "BUS", "MODEL": " models/tiny "}
+    read = Settings.from_env({PREFIX + name: value for name, value in env.items()})
+    assert read == Settings(port=9000, drain_seconds=1.5, prefix_cache=False, link="bus", model="models/tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("PORT", "http", "MOECULE_PORT is 'http': use a whole number"),
+        ("PORT", "0", "MOECULE_PORT is 0: use from 1 to 65535"),
+        ("PORT", "80.5", "MOECULE_PORT is '80.5': use a whole number"),
+        ("DRAIN_SECONDS", "soon", "MOECULE_DRAIN_SECONDS is 'soon': use a number"),
+        ("DRAIN_SECONDS", "-1", "MOECULE_DRAIN_SECONDS is -1: use at least 0 s"),
+        ("DRAIN_SECONDS", "nan", "MOECULE_DRAIN_SECONDS is nan: use at least 0 s"),
+        ("PREFIX_CACHE", "perhaps", "MOECULE_PREFIX_CACHE is 'perhaps': use 1 or 0"),
+        ("DEVICE", "tpu", "MOECULE_DEVICE is 'tpu': use one of auto, cpu, cuda"),
+        ("ID", "a.b", "MOECULE_ID is 'a.b': use 1 to 64 letters, digits, - and _"),
+        ("ID", "x" * 65, f"MOECULE_ID is {'x' * 65!r}: use 1 to 64 letters, digits, - and _"),
+    ],
+)
+def test_what_is_malformed_is_named(name: str, value: str, sentence: str):
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_env({PREFIX + name: value})
+    assert caught.value.message == sentence
+
+
+def test_an_unknown_variable_is_told_with_the_nearest_one():
+    env = {"MOECULE_PROT": "1", "MOECULE_PORT": "1", "OTHER": "1", "MOECULE_QQQQQQQQ": "1"}
+    assert unknown_settings(env) == [
+        "MOECULE_PROT is no setting; did you mean MOECULE_PORT?",
+        "MOECULE_QQQQQQQQ is no setting",
+    ]
+
+
+def test_every_setting_is_documented_and_its_default_is_allowed():
+    for field in dataclasses.fields(Settings):
+        assert field.metadata["doc"], field.name
+        if field.default != "":
+            text = str(int(field.default) if isinstance(field.default, bool) else field.default)
+            assert getattr(Settings.from_env({PREFIX + field.name.upper(): text}), field.name) == field.default
+
+
+def test_an_actor_keeps_its_id_over_restarts_and_shares_it_with_no_other():
+    first = actor_id("shard", Settings(), {"HONCHO_PROCESS_NAME": "expert_shard.1"})
+    assert first == actor_id("shard", Settings(), {"HONCHO_PROCESS_NAME": "expert_shard.1"})
+    assert first == f"shard-1-{node_id()}"
+    assert first != actor_id("shard", Settings(), {"HONCHO_PROCESS_NAME": "expert_shard.2"})
+    assert actor_id("shard", Settings(id="mine"), {"HONCHO_PROCESS_NAME": "expert_shard.1"}) == "mine"
+
+
+def test_the_served_name_is_the_folder_unless_given():
+    assert Settings(model="models/tiny/").served_name == "tiny"
+    assert Settings(model_name="other").served_name == "other"
