@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -45,8 +46,9 @@ class Cluster:
         formation = f"all=1,gpu_worker={workers},expert_shard={shards}"
         command = [sys.executable, "-m", "honcho", "start", "-c", formation]
         self.honcho = subprocess.Popen(
-            command, cwd=ROOT, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            command, cwd=ROOT, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=_die_with_parent,
+        )  # fmt: skip
 
     def output(self) -> str:
         return Path(self.log.name).read_text(errors="replace")
@@ -103,6 +105,11 @@ class Cluster:
     def remove_log(self) -> None:
         self.log.close()
         Path(self.log.name).unlink(missing_ok=True)
+
+
+def _die_with_parent() -> None:
+    """A benchmark or test that is itself killed must not leave a cluster running."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _command_line(pid: int) -> str:

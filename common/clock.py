@@ -69,6 +69,12 @@ class FakeClock:
             await _settle()
         self._now = end
 
+    def jump(self, seconds: float) -> None:
+        """Time in which nothing runs, as while a process is stopped: who was due in it wakes with the next advance."""
+        self._now += seconds
+        self._sleepers = [(max(at, self._now), order, future) for at, order, future in self._sleepers]
+        heapq.heapify(self._sleepers)
+
 
 async def _settle() -> None:
     # A woken task may wake others; a few turns of the loop let them all reach their next wait.

@@ -301,6 +301,14 @@ async def test_late_is_not_dead(world):
     await world.until(lambda: it.scheduler.actor.reason() == "", within=1.0)
 
 
+async def test_nobody_dies_of_our_own_stillness(world):
+    it = await serving(world)
+    await world.advance(3.0)
+    world.clock.jump(60.0)
+    await world.advance(1.0)
+    assert it.scheduler.actor.keeper.map.version == 1 and it.scheduler.actor.reason() == ""
+
+
 async def test_nobody_dies_while_our_own_connection_is_gone_and_the_store_is_filled_again(world):
     it = await serving(world)
     before = world.stored()

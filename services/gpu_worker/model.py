@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +41,9 @@ class Model:
 
     def new_cache(self, pages: int) -> list[Tensor]:
         """One [pages, PAGE, kv_lora + rope] a layer; a row is the normed latent, then the rotated key."""
-        return [torch.zeros(pages, PAGE, self.config.latent) for _ in range(self.config.layers)]
+        # numpy's zeros are pages the kernel hands out when they are first written; torch's are written at once.
+        shape = pages, PAGE, self.config.latent
+        return [torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(self.config.layers)]
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: list[Tensor]) -> Tensor:

@@ -43,6 +43,7 @@ from services.scheduler.placement import Placement, why_none_serves
 
 BUCKET, KEY = "moecule", "expert_map"
 TICK_SECONDS = BEAT_SECONDS / 2
+STALLED_SECONDS = 1.0  # between two ticks: then the silence was our own
 LATE_SECONDS = 3 * BEAT_SECONDS  # a peer not heard for so long is asked whether anyone listens on its subject
 SURE_SECONDS = 2.0  # after a reconnect of ours the others may still be reconnecting: no answer proves nothing
 
@@ -67,6 +68,7 @@ class Scheduler(Actor):
         self._told: dict[str, tuple[str, tuple[int, ...]]] = {}  # shard -> (boot id, what it was told to hold)
         self._said = (0, "")  # map version and reason of the newest heartbeat
         self._write_failed = False
+        self._looked_at = self._listening_since = self.clock.now()
         self._wake = asyncio.Event()
         self.bus.on_reconnect(self._on_reconnect)
         self._subscriptions: list[Subscription] = [
@@ -178,7 +180,13 @@ class Scheduler(Actor):
             self._wake.set()
 
     def _look_for_dead(self) -> None:
-        now, connected_for = self.clock.now(), self.bus.connected_for()  # 0 without a connection: nobody is silent
+        now = self.clock.now()
+        if now - self._looked_at > STALLED_SECONDS:
+            # It was this process that stood still (stopped, swapped out): what others said meanwhile is still unread.
+            self._listening_since = now
+        self._looked_at = now
+        # 0 without a connection: nobody is silent
+        connected_for = min(self.bus.connected_for(), now - self._listening_since)
         for kind, members in self._peers.items():
             for beat in members.silent(SILENT_SECONDS, now, now - connected_for):
                 self._bury(kind, beat, "it is silent")
