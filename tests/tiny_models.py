@@ -103,7 +103,8 @@ def as_published(config: dict[str, Any]) -> dict[str, Any]:
     v3 = config["model_type"] == "deepseek_v3"
     if v3:
         config |= {"topk_method": "noaux_tc"}
-        del config["rope_interleave"]  # DeepSeek's own files do not say it
+        if config["rope_interleave"]:
+            del config["rope_interleave"]  # DeepSeek's own files do not say it
     config |= {"scoring_func": "sigmoid" if v3 else "softmax", "moe_layer_freq": 1, "ep_size": 1}
     for name in ("head_dim", "qk_head_dim", "dtype", "transformers_version"):
         config.pop(name, None)
