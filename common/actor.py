@@ -226,12 +226,19 @@ def run_process(make: Callable[[Bus, Settings], Actor]) -> NoReturn:
         setup_logs(settings)
         uvloop.run(_live(make, settings))
     except ConfigError as error:
-        print(f"moecule: {error.message}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CONFIG)
+        leave(EXIT_CONFIG, f"moecule: {error.message}")
     except BusUnavailable as error:
-        print(f"moecule: {error.message}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_UNAVAILABLE)
-    sys.exit(0)
+        leave(EXIT_UNAVAILABLE, f"moecule: {error.message}")
+    leave(0)
+
+
+def leave(code: int, sentence: str = "") -> NoReturn:
+    """Everything is stopped and closed by now; taking torch's interpreter down in order would take seconds more."""
+    if sentence:
+        print(sentence, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 async def _live(make: Callable[[Bus, Settings], Actor], settings: Settings) -> None:
