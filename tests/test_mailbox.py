@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from multiprocessing.synchronize import Barrier
 
 import pytest
 import torch
@@ -23,11 +24,12 @@ from common.mailbox import (
 from common.messages import Attached
 
 GEOMETRY = dict(hidden=48, topk=3, decode_rows=8, prefill_rows=40)
-RINGS = 5000
+RINGS = 30_000
 
 
-def _ring_many(fd: int) -> None:
+def _ring_many(fd: int, together: Barrier) -> None:
     bell = Bell(fd)
+    together.wait()
     for _ in range(RINGS):
         bell.ring()
 
@@ -35,7 +37,8 @@ def _ring_many(fd: int) -> None:
 def test_no_ring_of_several_processes_is_lost():
     bell = Bell.create("test")
     context = multiprocessing.get_context("fork")
-    senders = [context.Process(target=_ring_many, args=(os.dup(bell.fd),)) for _ in range(3)]
+    together = context.Barrier(3)
+    senders = [context.Process(target=_ring_many, args=(os.dup(bell.fd), together)) for _ in range(3)]
     for sender in senders:
         sender.start()
     for sender in senders:
