@@ -389,8 +389,9 @@ async def test_an_outage(cluster: tuple[BusMaker, Outage]):
     await until(lambda: not sender.connected and not receiver.connected)
     assert sender.connected_for() == 0 and not sender.closed
     await sender.publish("a", Abort(request_ids=("kept",)))
-    with pytest.raises(BusUnavailable):
-        await sender.request("a", Ok())
+    with pytest.raises(BusUnavailable) as refused:
+        await sender.request("a", GetMap())
+    assert refused.type is BusUnavailable, "at once, and not kept to be carried out later"
     with pytest.raises(BusUnavailable):
         await sender.kv_get("maps", "map")
     with pytest.raises(BusUnavailable):
@@ -405,6 +406,7 @@ async def test_an_outage(cluster: tuple[BusMaker, Outage]):
     assert await sender.kv_put("maps", "map", b"2", 0) > 0
     await sender.publish("a", Abort(request_ids=("new",)))
     await until(lambda: Abort(request_ids=("new",)) in inbox.messages)
+    assert GetMap() not in inbox.messages
 
 
 async def test_a_subscription_drains_while_the_server_is_gone(cluster: tuple[BusMaker, Outage]):
