@@ -234,8 +234,8 @@ def _yarn(config: _Fields) -> Yarn | None:
     mscale, all_dim = fields.get("mscale"), fields.get("mscale_all_dim")
     attention_factor = fields.get("attention_factor")
     if attention_factor is None:
-        both = mscale and all_dim
-        attention_factor = _mscale(factor, mscale) / _mscale(factor, all_dim) if both else _mscale(factor, 1.0)
+        ratio = _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else None
+        attention_factor = _mscale(factor, 1.0) if ratio is None else ratio
     return Yarn(
         factor=factor,
         original=int(fields["original_max_position_embeddings"]),

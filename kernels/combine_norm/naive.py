@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,11 @@ def combine_norm(
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
     """[..., n] -> [..., 1]: 1 / sqrt(mean(x^2) + eps)."""
-    # The 2-norm is one fused reduction; F.rms_norm is a chain of six operations on a CPU.
+    # Three cheap operations where F.rms_norm is a chain of six on a CPU; a Python scalar costs as much as one of them.
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(_constant(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+
+
+@cache
+def _constant(value: float) -> Tensor:
+    return torch.tensor(value)

@@ -43,7 +43,7 @@ def qkv_norm_rope_write(
     latent *= w.kv_norm
     _rotate(row[:, None, kv_lora:], turns)
     cache.view(-1, width).index_copy_(0, write, row)
-    if w.b is None:
+    if w.b is None or w.q_norm is None:
         q.copy_(queries.view_as(q))
     else:
         queries *= inverse_rms(queries, LATENT_EPS)
