@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from urllib.parse import urlsplit
@@ -36,6 +37,10 @@ class OrderedClient(Client):
         self._pongs.append(future or asyncio.get_running_loop().create_future())
         await self._send_command(PING_PROTO)
         await self._flush_pending()
+
+    def drop_pending(self) -> None:
+        """What was kept for a connection that is lost; `close` would write it to the dead socket, and raise."""
+        self._pending, self._pending_data_size = [], 0
 
 
 class NatsSubscription:
@@ -129,16 +134,19 @@ class NatsBus:
                 await self._client.flush(timeout=1)
         except nats.errors.Error as error:
             self.log.warning("what was published last may be lost", why=str(error))
-        await self._abandon()
         for task in self._tasks:
             task.cancel()
         for subscription in self._subscriptions:
             subscription.cancel()
+        await self._abandon()
 
     async def _abandon(self) -> None:
+        if not self.connected:
+            self._client.drop_pending()
         self._leaving, self._since = True, None
         if self._begun:
-            await self._client.close()
+            with contextlib.suppress(OSError):  # the connection broke just now
+                await self._client.close()
 
     # ---- messages
 

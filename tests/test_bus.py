@@ -418,6 +418,19 @@ async def test_a_subscription_drains_while_the_server_is_gone(cluster: tuple[Bus
     await asyncio.wait_for(subscription.drain(), 2)
 
 
+async def test_leaving_while_the_server_is_gone(cluster: tuple[BusMaker, Outage]):
+    make_bus, outage = cluster
+    idle, buffering = await make_bus(), await make_bus()
+    for bus in (idle, buffering):
+        await bus.subscribe("a", Inbox())
+    outage.down()
+    await until(lambda: not idle.connected and not buffering.connected)
+    await buffering.publish("a", Ok())
+    for bus in (idle, buffering):
+        await asyncio.wait_for(bus.close(), 2)
+        assert bus.closed
+
+
 # ---- NATS alone
 
 
