@@ -489,11 +489,16 @@ class CountingSocket(socket.socket):
         return received
 
 
+def open_sockets() -> list[int]:
+    with os.scandir("/proc/self/fd") as entries:
+        return [int(entry.name) for entry in entries if os.readlink(entry.path).startswith("socket:")]
+
+
 def tcp_bytes() -> int:
     """What the kernel counts over all TCP connections of this process: acknowledged plus received."""
     total = 0
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(fd))) as sock:
+    for fd in open_sockets():
+        with socket.socket(fileno=os.dup(fd)) as sock:
             if sock.family == socket.AF_INET and sock.type == socket.SOCK_STREAM:
                 total += sum(struct.unpack_from("=QQ", sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 120))
     return total

@@ -17,7 +17,6 @@ from typing import Literal, NoReturn
 
 import numpy as np
 import structlog
-import torch
 from torch import Tensor
 
 from common.bus import Bus
@@ -88,7 +87,7 @@ class ExpertLinks:
         self._in_step = False
         self._table = self._newest
         self._lookups: Sequence[np.ndarray] = ()
-        self._work: tuple[int, Tensor, np.ndarray, np.ndarray] = (0, torch.empty(0), np.empty(0), np.empty(0))
+        self._work: tuple[int, np.ndarray, np.ndarray, np.ndarray] = (0, np.empty(0), np.empty(0), np.empty(0))
         self._sent: list[_Sent] = []
 
     # ---- the compute thread
@@ -105,42 +104,37 @@ class ExpertLinks:
         self._lookups = table.choose(self._step)
 
     def dispatch(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor) -> None:
-        self._work = layer, x, ids.numpy(), weights.numpy()
+        self._work = layer, x.numpy(), ids.numpy(), weights.numpy()
         self._send(0)
 
     def combine(self, out: Tensor) -> None:
-        layer, x, _, _ = self._work
-        window = self._hello.prefill_rows
-        for start in range(0, len(x), window):
+        sums, window = out.numpy(), self._hello.prefill_rows
+        for start in range(0, len(sums), window):
             if start:
                 self._send(start)
-            part = out if len(x) <= window else out[start : start + window]
             for sent in self._sent:
-                self._add(sent, part)
+                self._add(sent, sums[start : start + window])
         self._sent = []
-        if layer == self._last_layer:
+        if self._work[0] == self._last_layer:
             self._in_step = False
 
     def _send(self, start: int) -> None:
         """One window of rows to every peer that holds an expert of it; the whole batch is nearly always one window."""
         layer, x, ids, weights = self._work
         end = start + self._hello.prefill_rows
-        if end < len(x) or start:
-            x, ids, weights = x[start:end], ids[start:end], weights[start:end]
+        x, ids, weights = x[start:end], ids[start:end], weights[start:end]
         self._sent = []
         for peer, lookup in zip(self._table.peers, self._lookups, strict=True):
             if peer.lost:
                 self._fail(peer, peer.lost)
             mine = lookup.take(ids)  # [T, topk], -1 where another shard's
-            rows: np.ndarray | None = np.flatnonzero(mine.max(axis=1) >= 0)
-            if rows is not None and len(rows) == len(x):
-                rows = None
-            elif rows is not None and not len(rows):
-                continue
-            peer.submit(layer, x, mine, weights, rows)
-            self._sent.append(_Sent(peer, rows))
+            asked = mine.max(axis=1) >= 0  # [T]
+            rows = None if asked.all() else asked.nonzero()[0]
+            if rows is None or len(rows):
+                peer.submit(layer, x, mine, weights, rows)
+                self._sent.append(_Sent(peer, rows))
 
-    def _add(self, sent: _Sent, out: Tensor) -> None:
+    def _add(self, sent: _Sent, out: np.ndarray) -> None:
         self._wait(sent.peer)
         try:
             sums = sent.peer.sums()
@@ -149,7 +143,7 @@ class ExpertLinks:
         if sent.rows is None:
             out += sums
         else:
-            out.numpy()[sent.rows] += sums.numpy()  # a row occurs once
+            out[sent.rows] += sums  # a row occurs once
 
     def _wait(self, peer: Peer) -> None:
         deadline = time.monotonic() + self._bound

@@ -9,8 +9,6 @@ from abc import ABC, abstractmethod
 from concurrent.futures import CancelledError, Future
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from common.bus import Bus
 from common.clock import Clock, within
@@ -31,14 +29,14 @@ class Peer(ABC):
         self.shard_id, self.boot_id, self.lost = shard_id, boot_id, ""
 
     @abstractmethod
-    def submit(self, layer: int, x: Tensor, ids: np.ndarray, weights: np.ndarray, rows: np.ndarray | None) -> None:
+    def submit(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, rows: np.ndarray | None) -> None:
         """Send rows `rows` (None: all) of each on their way; the arguments stay as they are until the answer."""
 
     @abstractmethod
     def answered(self) -> bool: ...
 
     @abstractmethod
-    def sums(self) -> Tensor:
+    def sums(self) -> np.ndarray:
         """[rows, hidden] float32, valid until the next submit; call once answered. Raises PeerLost."""
 
     def close(self, why: str) -> None:
@@ -52,22 +50,22 @@ class MailboxPeer(Peer):
         self.sock = sock
         self._slab, self._bell = slab, bell
         self._seq = 0
-        self._slot, self._sums = slab.prefill, slab.prefill.first(0).sums
+        self._slot, self._sums = slab.prefill, slab.prefill.first_arrays(0).sums
 
-    def submit(self, layer: int, x: Tensor, ids: np.ndarray, weights: np.ndarray, rows: np.ndarray | None) -> None:
+    def submit(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, rows: np.ndarray | None) -> None:
         count = len(x) if rows is None else len(rows)
         self._seq = seq = next_seq(self._seq)
         slot = self._slab.decode[seq & 1]
         if count > slot.rows:
             slot = self._slab.prefill
-        into = slot.first(count)
+        into = slot.first_arrays(count)
         if rows is None:
-            into.x.copy_(x)
-            into.ids.numpy()[...], into.weights.numpy()[...] = ids, weights
+            into.x[...], into.ids[...], into.weights[...] = x, ids, weights
         else:
-            torch.index_select(x, 0, torch.from_numpy(rows), out=into.x)
-            ids.take(rows, axis=0, out=into.ids.numpy(), mode="clip")
-            weights.take(rows, axis=0, out=into.weights.numpy(), mode="clip")
+            # "clip" only spares numpy a temporary: every row is in bounds.
+            x.take(rows, axis=0, out=into.x, mode="clip")
+            ids.take(rows, axis=0, out=into.ids, mode="clip")
+            weights.take(rows, axis=0, out=into.weights, mode="clip")
         slot.submit(seq, layer, count)
         self._bell.ring()
         self._slot, self._sums = slot, into.sums
@@ -75,7 +73,7 @@ class MailboxPeer(Peer):
     def answered(self) -> bool:
         return self._slot.answered(self._seq)
 
-    def sums(self) -> Tensor:
+    def sums(self) -> np.ndarray:
         if self._slot.status != DONE:
             raise PeerLost(self.shard_id, "refused the rows: it does not hold all experts it was asked for")
         return self._sums
@@ -96,11 +94,11 @@ class BusPeer(Peer):
         """`bell` is the worker's own: the answer rings it, as a mailbox's would."""
         super().__init__(shard_id, boot_id)
         self._bus, self._hello, self._bell, self._clock, self._bound, self._loop = bus, hello, bell, clock, bound, loop
-        self._answer: Future[Tensor] = Future()
+        self._answer: Future[np.ndarray] = Future()
 
-    def submit(self, layer: int, x: Tensor, ids: np.ndarray, weights: np.ndarray, rows: np.ndarray | None) -> None:
+    def submit(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, rows: np.ndarray | None) -> None:
         chosen: slice | np.ndarray = slice(None) if rows is None else rows
-        picked = x.numpy()[chosen], ids[chosen], weights[chosen]
+        picked = x[chosen], ids[chosen], weights[chosen]
         exchange = self._exchange(self._chunks(layer, *picked), x.shape[1])
         self._answer = asyncio.run_coroutine_threadsafe(exchange, self._loop)
         self._answer.add_done_callback(lambda _: self._bell.ring())
@@ -108,7 +106,7 @@ class BusPeer(Peer):
     def answered(self) -> bool:
         return self._answer.done()
 
-    def sums(self) -> Tensor:
+    def sums(self) -> np.ndarray:
         try:
             return self._answer.result()
         except PeerLost:
@@ -135,7 +133,7 @@ class BusPeer(Peer):
             for start in range(0, len(x), most)
         ]
 
-    async def _exchange(self, chunks: list[ExpertRows], hidden: int) -> Tensor:
+    async def _exchange(self, chunks: list[ExpertRows], hidden: int) -> np.ndarray:
         began = self._clock.now()
         where = subject("shard", self.shard_id, "experts")
         work = asyncio.gather(*(self._bus.request(where, chunk, timeout=self._bound) for chunk in chunks))
@@ -162,10 +160,10 @@ class BusPeer(Peer):
         if not isinstance(attached, Attached) or attached.boot_id != self.boot_id:
             raise PeerLost(self.shard_id, "was restarted")
 
-    def _joined(self, replies: list[Message], hidden: int) -> Tensor:
+    def _joined(self, replies: list[Message], hidden: int) -> np.ndarray:
         parts = []
         for reply in replies:
             if not isinstance(reply, ExpertSums) or reply.boot_id != self.boot_id:
                 raise PeerLost(self.shard_id, "answered with something else than sums")
             parts.append(reply.sums)
-        return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.float32).view(-1, hidden)
+        return np.frombuffer(b"".join(parts), dtype=np.float32).reshape(-1, hidden)
