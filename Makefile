@@ -17,7 +17,6 @@ serve: install
 
 test: install
 	ruff check .
-	ruff format --check .
 	mypy
 	OMP_NUM_THREADS=1 pytest -m "not gpu"
 
