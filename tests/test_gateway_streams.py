@@ -179,6 +179,14 @@ async def test_an_error_comes_after_the_tokens_before_it(world: World) -> None:
     assert world.one.aborted == [], "the worker knows that it ended"
 
 
+async def test_a_request_that_the_worker_gave_up_is_lost_not_cancelled(world: World) -> None:
+    """A worker that heard nothing from us for a while aborts what it runs for us; the client may still be there."""
+    world.one.end = {"finish": "abort"}
+    request = world.running()
+    await world.settle()
+    assert isinstance(request.error, WorkerLost)
+
+
 # ---- death, and what is not death
 
 
@@ -246,6 +254,17 @@ async def test_a_deaf_worker_without_heartbeats_is_dead_after_five_seconds(world
     assert not request.task.done()
     await world.pass_time(0.5)
     assert isinstance(request.error, WorkerLost)
+
+
+async def test_a_gateway_that_stood_still_itself_declares_nobody_dead(world: World) -> None:
+    world.one.pause_at, world.one.deaf = 4, True
+    request = world.running()
+    await world.pass_time(1.0, world.one)
+    world.clock.jump(20)
+    await world.pass_time(4.5)
+    assert not request.task.done()
+    await world.pass_time(1.0)
+    assert isinstance(request.error, WorkerLost), "it still tells a death"
 
 
 async def test_a_stream_that_waits_long_asks_less_often(world: World) -> None:

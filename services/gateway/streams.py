@@ -50,6 +50,7 @@ TICK_SECONDS = 0.1
 QUIET_SECONDS = 0.5  # without tokens for so long, a stream asks; then after twice as long, up to SLOWEST
 SLOWEST_SECONDS = 2.0
 MISSED_SECONDS = 0.75  # three heartbeats of a worker are missing: its streams ask often
+STOOD_STILL_SECONDS = 1.0  # heartbeats that came while we stood still are not read yet: their silence is ours
 SETTLE_SECONDS = 2.0  # after a NATS restart subscriptions come back one by one: nobody listening means nothing yet
 ABORT_AGAIN_SECONDS = 0.5  # between two aborts of a request that goes on sending
 FORGET_SECONDS = 10.0  # after which an ended request is not remembered
@@ -87,8 +88,10 @@ class Stream:
             self.next_index += len(fresh.tokens)
             self.heard, self.ask_after = now, QUIET_SECONDS
             if fresh.finish in ("error", "abort"):
-                code, message = fresh.error or ("request_cancelled", "the worker ended the request")
-                self.fail(from_code(code, message))
+                given_up = WorkerLost(
+                    f"worker {self.worker_id} gave the request up: it had not heard from this gateway"
+                )
+                self.fail(from_code(*fresh.error) if fresh.error else given_up)
             else:
                 self._chunks.append(fresh)
                 self.ended = fresh.finish is not None
@@ -131,6 +134,7 @@ class Streams:
         self._spawn = spawn
         self._log = log
         self._live: dict[str, Stream] = {}
+        self._awake_since = 0.0  # when this process last began to run again, after it stood still
         self._aborted: dict[str, float] = {}  # request id -> when its abort was last sent
 
     async def start(self) -> Subscription:
@@ -240,16 +244,20 @@ class Streams:
                 self._lose(stream, "it was restarted")
 
     async def _watch(self) -> None:
+        before = self._clock.now()
         while True:
             await self._clock.sleep(TICK_SECONDS)
             now = self._clock.now()
+            if now - before > STOOD_STILL_SECONDS:
+                self._awake_since = now
+            before = now
             for stream in list(self._live.values()):
                 if stream.admitted and not stream.ended:
                     self._watch_one(stream, now)
             self._aborted = {i: at for i, at in self._aborted.items() if now - at < FORGET_SECONDS}
 
     def _watch_one(self, stream: Stream, now: float) -> None:
-        silence = self._peers.silence(stream.worker_id, stream.opened)
+        silence = self._peers.silence(stream.worker_id, max(stream.opened, self._awake_since))
         wait = min(stream.ask_after, QUIET_SECONDS) if silence > MISSED_SECONDS else stream.ask_after
         if silence > SILENT_SECONDS:
             self._lose(stream, f"it sent no heartbeat for {silence:.1f} s")
