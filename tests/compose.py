@@ -8,7 +8,7 @@ import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
-from common.actor import Actor, running
+from common.actor import Actor, Running, running
 from common.bus import Bus
 from common.memory_bus import MemoryBroker, MemoryBus
 from common.messages import (
@@ -125,9 +125,15 @@ class Composed:
     broker: MemoryBroker
     stack: contextlib.AsyncExitStack
     settings: Settings
+    beating: asyncio.Task[None]  # the client's heartbeats
+    lives: dict[str, Running] = field(default_factory=dict)
 
     async def start(self, actor: Actor) -> None:
-        await self.stack.enter_async_context(running(actor))
+        self.lives[actor.id] = await self.stack.enter_async_context(running(actor))
+
+    async def kill(self, actor: Actor) -> None:
+        """An abrupt end: nothing is drained, nobody is told."""
+        await self.lives[actor.id].kill()
 
     async def ready(self, seconds: float = 30) -> None:
         """Every worker has a complete map, and the scheduler has heard so."""
@@ -160,6 +166,7 @@ async def compose(model: str = TINY, *, workers: int = 1, shards: int = 2, **set
             broker=broker,
             stack=stack,
             settings=settings,
+            beating=beating,
         )
         await made.start(made.scheduler)
         for actor in (*made.shards, *made.workers):

@@ -108,20 +108,20 @@ def test_a_killed_shard_ends_requests_with_an_error_and_comes_back(running: Clus
 
 def test_a_killed_worker_ends_its_requests_and_the_others_go_on(running: Cluster, client: openai.OpenAI):
     with ThreadPoolExecutor() as pool:
-        streams = tell_stories(client, pool, 6, tokens=400)
+        streams = tell_stories(client, pool, 6, tokens=200)
         died = kill(running, "gpu_worker")
         results = [stream.result(60) for stream in streams]
     failed = [r for r in results if r[2]]
     assert failed and len(failed) < 6, "the streams were spread over both workers"
     assert all(ended - died < 2.0 for _, ended, _ in failed)
-    assert all(count >= 400 for count, _, error in results if not error)
+    assert all(count >= 200 for count, _, error in results if not error)
     assert "132" in ask(client)
     wait_until(lambda: len(running.actor_pids("gpu_worker")) == 2, 3, "the worker is not restarted")
 
 
 def test_streams_outlive_the_scheduler(running: Cluster, client: openai.OpenAI):
     with ThreadPoolExecutor() as pool:
-        streams = tell_stories(client, pool, 2, tokens=600)
+        streams = tell_stories(client, pool, 2, tokens=300)
         kill(running, "scheduler")
         with pytest.raises(openai.InternalServerError) as refused:
             ask(client)
@@ -133,11 +133,11 @@ def test_streams_outlive_the_scheduler(running: Cluster, client: openai.OpenAI):
 
 def test_streams_outlive_nats(running: Cluster, client: openai.OpenAI):
     with ThreadPoolExecutor() as pool:
-        streams = tell_stories(client, pool, 2, tokens=600)
+        streams = tell_stories(client, pool, 2, tokens=300)
         (server,) = [p for p in running.pids("nats-server") if "supervisor" not in _line(p)]
         os.kill(server, signal.SIGKILL)
         results = [s.result(60) for s in streams]
-        assert [(count >= 600, error) for count, _, error in results] == [(True, "")] * 2
+        assert [(count >= 300, error) for count, _, error in results] == [(True, "")] * 2
     wait_until(running.is_ready, 3 + LOAD_SECONDS, "NATS is not back")
     assert "132" in ask(client)
 
@@ -152,13 +152,17 @@ def test_a_killed_gateway_frees_its_pages(running: Cluster, client: openai.OpenA
 
 
 def test_a_client_that_leaves_is_an_abort(running: Cluster, client: openai.OpenAI):
-    body = {"model": "tiny", "prompt": "Once", "max_tokens": 3000, "ignore_eos": True}
-    for streaming in (True, False):
-        with httpx.Client(timeout=1.0) as http, pytest.raises(httpx.ReadTimeout):
-            http.post(f"{running.url}/v1/completions", json=body | {"stream": streaming})
-            if streaming:  # tokens keep a streaming read alive: leave on our own
-                raise httpx.ReadTimeout("enough")
-        wait_until(lambda: metric(running, "moecule_num_requests_running") == 0, 2, "the request still runs")
+    url, body = (
+        f"{running.url}/v1/completions",
+        {"model": "tiny", "prompt": "Once", "max_tokens": 3000, "ignore_eos": True},
+    )
+    with httpx.stream("POST", url, json=body | {"stream": True}) as answer:
+        next(answer.iter_lines())
+        assert metric(running, "moecule_num_requests_running") == 1
+    wait_until(lambda: metric(running, "moecule_num_requests_running") == 0, 1, "the request still runs")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(url, json=body, timeout=0.5)
+    wait_until(lambda: metric(running, "moecule_num_requests_running") == 0, 1, "the request still runs")
 
 
 def test_sigterm_finishes_what_is_in_flight_and_ctrl_c_leaves_nothing():
@@ -166,10 +170,10 @@ def test_sigterm_finishes_what_is_in_flight_and_ctrl_c_leaves_nothing():
     with cluster(workers=1, shards=2) as one:
         client = openai.OpenAI(base_url=f"{one.url}/v1", api_key="none", max_retries=0)
         with ThreadPoolExecutor() as pool:
-            (stream,) = tell_stories(client, pool, 1, tokens=200)
+            (stream,) = tell_stories(client, pool, 1, tokens=60)
             one.stop(signal.SIGTERM)
             count, _, error = stream.result(10)
-        assert error == "" and count >= 200
+        assert error == "" and count >= 60
         assert one.pids() == [] and set(Path("/dev/shm").iterdir()) == before
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{one.url}/health")

@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.messages import Sampling
+from common.errors import ContextLengthExceeded, ExpertsUnavailable, InvalidRequest, NotFound, Overloaded
+from common.messages import Resume, Sampling, StepTokens, subject
 from tests.compose import TINY, Client, compose, greedy
 
 OUT = 24
@@ -121,7 +122,7 @@ async def test_seeded_sampling_is_the_same_everywhere():
     ):
         async with compose(**settings) as cluster:
             seen.append(await cluster.client.ask_all(some, seeded()))
-    assert seen[0] == seen[1] == seen[2] == seen[3]
+    assert seen == [seen[0]] * 4
     assert len({tuple(tokens) for tokens in seen[0]}) == 4
 
 
@@ -134,3 +135,81 @@ async def test_abort_frees_the_pages():
         await cluster.client.abort(request)
         assert (await cluster.client.wait(request)).last.finish == "abort"
         assert cluster.workers[0].engine.planner.allocator.owned == 0
+
+
+async def begun(client: Client, count: int, tokens: int) -> list[str]:
+    """`count` requests of the same story, all of which have said something."""
+    requests = [await client.send(prompts()[6], greedy(tokens, ignore_eos=True)) for _ in range(count)]
+    while not all(client.results[request].tokens for request in requests):
+        await asyncio.sleep(0.01)
+    return requests
+
+
+async def test_a_dead_shard_costs_nothing_while_a_copy_lives():
+    async with compose(expert_copies=2) as cluster:
+        alone = (await cluster.client.ask(prompts()[6], greedy(150, ignore_eos=True))).tokens
+        requests = await begun(cluster.client, 3, 150)
+        await cluster.kill(cluster.shards[0])
+        assert [(await cluster.client.wait(request)).tokens for request in requests] == [alone] * 3
+        assert (await cluster.client.ask(prompts()[0], greedy(OUT))).tokens == reference()[0]
+
+
+async def test_a_dead_shard_without_copies_ends_requests_with_a_reason():
+    async with compose() as cluster:
+        requests = await begun(cluster.client, 3, 1500)
+        await cluster.kill(cluster.shards[0])
+        for request in requests:
+            last = (await cluster.client.wait(request, 2)).last
+            assert last.finish == "error" and last.error[0] == "experts_unavailable" and "shard-1" in last.error[1]
+        assert cluster.workers[0].engine.planner.allocator.owned == 0
+        with pytest.raises(ExpertsUnavailable):
+            await cluster.client.send(prompts()[0], greedy(), worker="worker-1")
+
+
+async def test_a_worker_refuses_what_it_cannot_do():
+    async with compose(kv_pages=4, max_batch=1, queue_limit=1) as cluster:
+        with pytest.raises(ContextLengthExceeded, match="KV cache holds 256"):
+            await cluster.client.send([5] * 200, greedy(100))
+        with pytest.raises(InvalidRequest, match="from 0 to"):
+            await cluster.client.send([5, 99_999], greedy())
+        for tokens in (200, 100):
+            await cluster.client.send([5], greedy(tokens, ignore_eos=True), worker="worker-1")
+        with pytest.raises(Overloaded):
+            await cluster.client.send([5], greedy(), worker="worker-1")
+
+
+async def test_a_silent_gateway_is_an_abort():
+    async with compose() as cluster:
+        (request,) = await begun(cluster.client, 1, 3000)
+        cluster.beating.cancel()
+        assert (await cluster.client.wait(request, 4)).last.finish == "abort"
+        assert cluster.workers[0].engine.planner.allocator.owned == 0
+
+
+async def test_what_was_missed_can_be_asked_for_again():
+    async with compose() as cluster:
+        result = await cluster.client.ask(prompts()[0], greedy(OUT))
+        (request,) = cluster.client.results
+        resume = Resume(request_id=request, index=3)
+        reply = await cluster.client.bus.request(subject("worker", "worker-1", "resume"), resume)
+        assert isinstance(reply, StepTokens) and reply.chunks[0].index == 3
+        assert list(reply.chunks[0].tokens) == result.tokens[3:] and reply.chunks[0].finish == result.last.finish
+        with pytest.raises(NotFound):
+            await cluster.client.bus.request(subject("worker", "worker-1", "resume"), Resume(request_id="x", index=0))
+
+
+async def test_min_tokens_stop_ids_and_logprobs():
+    async with compose() as cluster:
+        client, story = cluster.client, prompts()[6]
+        plain = (await client.ask(story, greedy(30, ignore_eos=True))).tokens
+        stopped = await client.ask(story, greedy(30, stop_token_ids=(plain[4],)))
+        assert stopped.tokens == plain[: plain.index(plain[4]) + 1]
+        assert stopped.last.finish == "stop" and stopped.last.stop_token == plain[4]
+        longer = await client.ask(story, greedy(30, stop_token_ids=(plain[0],), min_tokens=3))
+        assert plain[0] not in longer.tokens[:3]
+        scored = await client.ask(story, greedy(5, logprobs=3))
+        for chunk in scored.chunks:
+            (entry,) = chunk.logprobs
+            assert entry.top_ids[0] == chunk.tokens[0] and len(entry.top_ids) == 3
+            assert entry.logprob == entry.top_logprobs[0] == max(entry.top_logprobs) <= 0
+            assert entry.top_logprobs[1] < entry.logprob

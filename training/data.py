@@ -274,7 +274,7 @@ def draw(task: str, rng: Random, held_out: bool, make: Callable[[Random], Exampl
 
 # What training sees.
 
-MIXTURE = {"add": 20, "subtract": 9, "retrieve": 26, "reverse": 8, "sort": 8, "count": 6, "chat": 12, "story": 6,
+MIXTURE = {"add": 20, "subtract": 9, "retrieve": 45, "reverse": 8, "sort": 8, "count": 6, "chat": 12, "story": 6,
            "document": 3}  # fmt: skip
 SHORT_TASKS = ("add", "subtract", "reverse", "sort", "count", "chat", "chat")
 
@@ -309,7 +309,7 @@ def dress(rng: Random, example: Example) -> Example:
 def several_questions(rng: Random, longest: int) -> Conversation:
     """One list and several questions, each answer learnt: the same look-ups from far fewer list tokens."""
     tokens = int(50 * (longest / 50) ** rng.random())
-    example = draw("retrieve", rng, False, lambda r: retrieval(r, tokens, turns=r.randint(2, 8)))
+    example = draw("retrieve", rng, False, lambda r: retrieval(r, tokens, turns=r.randint(2, 12)))
     segments: list[tuple[str, bool]] = []
     for piece in render(example.messages).split(ASSISTANT):
         answer, end, question = piece.rpartition(EOS)

@@ -73,7 +73,7 @@ def _params(sequences: list[Sequence]) -> SampleParams | None:
         top_k=torch.tensor([s.top_k for s in wanted]),
         top_p=torch.tensor([s.top_p for s in wanted]),
         min_p=torch.tensor([s.min_p for s in wanted]),
-        seed=torch.tensor([s.seed for s in wanted]),
+        seed=torch.tensor([_int64(s.seed) for s in wanted]),
         position=torch.tensor([len(s.tokens) for s in sequences]),
     )
 
@@ -102,3 +102,8 @@ def _logprobs(logits: Tensor, tokens: Tensor, sequences: list[Sequence]) -> dict
         row: TokenLogprobs(chosen[i].item(), tuple(ids[i, :n].tolist()), tuple(values[i, :n].tolist()))
         for i, (row, n) in enumerate(counts.items())
     }
+
+
+def _int64(seed: int) -> int:
+    """Any integer, as the 64 bits that the noise is hashed from."""
+    return (seed + 2**63) % 2**64 - 2**63
