@@ -191,7 +191,9 @@ class Worker(Actor):
         return StepTokens(worker_id=self.id, boot_id=self.boot_id, chunks=(chunk,))
 
     async def _on_get_pages(self, _: str, message: Message) -> Message:
-        return self._pages_message(added=tuple(self._pages), full=True)
+        return PagesChanged(
+            worker_id=self.id, boot_id=self.boot_id, seq=self._pages_seq, added=tuple(self._pages), full=True
+        )
 
     # ---- what the engine produced
 
@@ -227,11 +229,14 @@ class Worker(Actor):
         evicted = {h for h in output.evicted if not knows(h)}
         self._pages = (self._pages | added) - evicted
         self._pages_seq += 1
-        message = self._pages_message(added=tuple(added), evicted=tuple(evicted))
+        message = PagesChanged(
+            worker_id=self.id,
+            boot_id=self.boot_id,
+            seq=self._pages_seq,
+            added=tuple(added),
+            evicted=tuple(evicted),
+        )
         await self._publish(self._subject("pages"), message)
-
-    def _pages_message(self, **fields) -> PagesChanged:
-        return PagesChanged(worker_id=self.id, boot_id=self.boot_id, seq=self._pages_seq, **fields)
 
     # ---- who else is there
 

@@ -134,9 +134,9 @@ class Planner:
             elif budget and self._grow(sequence, min(left, budget)):
                 prefills.append(Chunk(sequence, sequence.computed, min(left, budget)))
                 budget -= min(left, budget)
-        while budget and len(self.running) < self.max_batch and (sequence := self._admit()):
-            rows = min(len(sequence.tokens) - sequence.computed, budget)
-            prefills.append(Chunk(sequence, sequence.computed, rows))
+        while budget and len(self.running) < self.max_batch and (admitted := self._admit()):
+            rows = min(len(admitted.tokens) - admitted.computed, budget)
+            prefills.append(Chunk(admitted, admitted.computed, rows))
             budget -= rows
         alive = set(map(id, self.running))
         # A one-row chunk of a prefill is a decode like any other: same rows, same kernel.
@@ -186,7 +186,7 @@ class Planner:
 
     def _admit(self) -> Sequence | None:
         """Start the next waiting sequence if the pages for all its tokens are there."""
-        queue = self.preempted or next(iter(self._waiting.values()), None)
+        queue = self.preempted or next(iter(self._waiting.values()), self.preempted)
         if not queue:
             return None
         sequence = queue[0]
