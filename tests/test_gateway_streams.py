@@ -211,7 +211,7 @@ async def test_a_worker_that_dies_after_a_long_silence_is_noticed_as_soon(world:
     await world.pass_time(quiet_seconds, world.one)
     assert not request.task.done()
     await world.one.die()
-    await world.pass_time(1.9)
+    await world.pass_time(1.2)
     assert isinstance(request.error, WorkerLost)
 
 
