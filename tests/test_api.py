@@ -100,6 +100,9 @@ async def make_front(settings: Settings) -> AsyncIterator[Front]:
             httpx.AsyncClient(base_url=url, timeout=20) as http,
             openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
         ):
+            async with asyncio.timeout(5):
+                while gateway.peers.why_not_ready() or ("worker", "worker-1") not in gateway.peers.live():
+                    await asyncio.sleep(0.001)  # its first heartbeats are on their way
             one = Front(gateway, life, worker, scheduler, http, client)
             one.says("4+5=9</think>\n\nIt is 132.")
             yield one
