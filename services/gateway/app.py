@@ -84,7 +84,9 @@ class App:
         if answer.status:
             raise error  # the body is under way: cutting the connection is the only word left
         if error.status >= 500:
-            self._log.warning("refused", path=scope["path"], code=error.code, why=error.message)
+            # Whoever waits for the start asks /ready again and again.
+            tell = self._log.debug if scope["path"] == "/ready" else self._log.warning
+            tell("refused", path=scope["path"], code=error.code, why=error.message)
         data = error_body(error)
         headers = [*JSON_HEADERS, (b"content-length", str(len(data)).encode()), *_retry_headers(error)]
         headers += [(name.lower().encode(), value.encode()) for name, value in (extra or {}).items()]
