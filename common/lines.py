@@ -10,7 +10,14 @@ import time
 from pathlib import Path
 
 from common.errors import ConfigError
-from common.preflight import check_http_port, check_model, check_model_folder, check_nats_port, nats_address
+from common.preflight import (
+    check_device,
+    check_http_port,
+    check_model,
+    check_model_folder,
+    check_nats_port,
+    nats_address,
+)
 from common.settings import Settings
 
 EXIT_UNAVAILABLE = 69
@@ -30,6 +37,7 @@ class ActorLine:
 
     def check(self) -> None:
         self._settings = Settings.from_env()
+        check_device(self._settings)
         check_model_folder(self._settings)
         if not self._announced:
             try:
@@ -68,6 +76,7 @@ class NatsLine:
 
     def check(self) -> None:
         settings = Settings.from_env()
+        check_device(settings)
         check_model(settings)
         self._patience = settings.drain_seconds + LAST_WORDS_SECONDS
         self._address = nats_address(settings)

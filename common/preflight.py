@@ -13,9 +13,15 @@ from common.settings import Settings, unknown_settings
 
 
 def check_all(settings: Settings) -> None:
+    check_device(settings)
     check_model(settings)
     check_nats_port(settings)
     check_http_port(settings)
+
+
+def check_device(settings: Settings) -> None:
+    if settings.device == "cuda":
+        raise ConfigError("MOECULE_DEVICE is 'cuda': the engine runs on the CPU only so far, so unset it or use cpu")
 
 
 def check_model_folder(settings: Settings) -> None:

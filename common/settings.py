@@ -28,7 +28,7 @@ class Settings:
     model: str = setting("models/tiny", "checkpoint folder as Hugging Face lays it out")
     model_name: str = setting("", "what clients call the model; empty: the folder's name")
     max_context: int = setting(0, "longest prompt plus output; 0: the model's own limit", low=0, unit="tokens")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; auto: cuda if there is one")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; so far always the CPU")
     host: str = setting("127.0.0.1", "address the gateway listens on")
     port: int = setting(8000, "port the gateway listens on", low=1, high=65535)
     nats_url: str = setting("nats://127.0.0.1:4222", "the NATS server")

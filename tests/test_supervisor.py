@@ -211,6 +211,11 @@ def test_a_signal_during_back_off_ends_it(family: Family):
         ("MOECULE_MODEL", "no/such", "there is no model folder 'no/such' (MOECULE_MODEL)"),
         ("MOECULE_NATS_URL", "nats://:x", "MOECULE_NATS_URL is 'nats://:x': use nats://HOST:PORT"),
         ("MOECULE_HOST", "192.0.2.1", "MOECULE_HOST is '192.0.2.1': that is no address of this machine"),
+        (
+            "MOECULE_DEVICE",
+            "cuda",
+            "MOECULE_DEVICE is 'cuda': the engine runs on the CPU only so far, so unset it or use cpu",
+        ),
     ],
 )
 def test_the_check_names_what_is_wrong(family: Family, setting: str, value: str, sentence: str):
