@@ -38,6 +38,17 @@ class OrderedClient(Client):
         await self._send_command(PING_PROTO)
         await self._flush_pending()
 
+    async def _flush_pending(self, force_flush: bool = False) -> None:
+        """Written at once: nats-py hands it to a task of its own, which costs two more turns of the loop a message."""
+        if not self._pending_data_size or not self.is_connected or self._transport is None:
+            return
+        pending, self._pending, self._pending_data_size = self._pending, [], 0
+        try:
+            self._transport.writelines(pending)
+            await self._transport.drain()
+        except OSError as error:
+            await self._process_op_err(error)
+
     def drop_pending(self) -> None:
         """What was kept for a connection that is lost; `close` would write it to the dead socket, and raise."""
         self._pending, self._pending_data_size = [], 0
