@@ -40,6 +40,7 @@ class Settings:
     chunk_tokens: int = setting(256, "prompt tokens computed in one step", low=1, high=65536, unit="tokens")
     queue_limit: int = setting(256, "requests a worker holds beside the running ones", low=0)
     prefix_cache: bool = setting(True, "reuse the KV pages of equal prefixes")
+    pin: bool = setting(False, "bind each worker and shard to processor cores of its own")
     threads: int = setting(1, "intra-op threads of a worker or shard on CPU", low=1, high=256)
     body_limit: int = setting(4 << 20, "largest HTTP body", low=1024, unit="bytes")
     drain_seconds: float = setting(4.0, "how long a leaving actor finishes what is in flight", low=0, unit="s")
@@ -115,6 +116,10 @@ def actor_id(kind: str, settings: Settings, environ: Mapping[str, str] | None = 
     """MOECULE_ID, or kind, place in the Procfile (honcho's process name) and node: stable over restarts."""
     if settings.id:
         return settings.id
-    environ = os.environ if environ is None else environ
-    place = environ.get("HONCHO_PROCESS_NAME", "").rpartition(".")[2]
-    return f"{kind}-{place if place.isdigit() else os.getpid()}-{node_id()}"
+    return f"{kind}-{place_in_procfile(environ) or os.getpid()}-{node_id()}"
+
+
+def place_in_procfile(environ: Mapping[str, str] | None = None) -> int:
+    """2 for the process that honcho calls `expert_shard.2`; 0 for one that honcho did not start."""
+    place = (os.environ if environ is None else environ).get("HONCHO_PROCESS_NAME", "").rpartition(".")[2]
+    return int(place) if place.isdecimal() else 0

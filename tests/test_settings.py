@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from common.cores import cores_of, pin_actor
 from common.errors import ConfigError
 from common.settings import PREFIX, Settings, actor_id, node_id, unknown_settings
 
@@ -69,3 +72,30 @@ def test_an_actor_keeps_its_id_over_restarts_and_shares_it_with_no_other():
 def test_the_served_name_is_the_folder_unless_given():
     assert Settings(model="models/tiny/").served_name == "tiny"
     assert Settings(model_name="other").served_name == "other"
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "threads", "cores"),
+    [
+        ("worker", 1, 1, {0}),
+        ("shard", 1, 1, {1}),
+        ("shard", 2, 1, {0}),
+        ("worker", 2, 1, {1}),
+        ("worker", 1, 2, {0, 1}),
+    ],
+)
+def test_on_two_cores_a_worker_and_its_first_shard_do_not_share_one(kind: str, place: int, threads: int, cores: set):
+    assert cores_of(kind, place, threads, [1, 0]) == cores
+
+
+def test_an_actor_is_pinned_when_that_is_set_and_all_it_starts_with_it(monkeypatch: pytest.MonkeyPatch):
+    before = os.sched_getaffinity(0)
+    monkeypatch.setenv("HONCHO_PROCESS_NAME", "gpu_worker.1")
+    try:
+        pin_actor("worker", Settings())
+        assert os.sched_getaffinity(0) == before
+        pin_actor("worker", Settings(pin=True))
+        with ThreadPoolExecutor() as pool:
+            assert pool.submit(os.sched_getaffinity, 0).result() == {min(before)}
+    finally:
+        os.sched_setaffinity(0, before)

@@ -11,6 +11,7 @@ from prometheus_client import Gauge
 
 from common.actor import Actor
 from common.checkpoint import Checkpoint
+from common.cores import pin_actor
 from common.errors import InvalidRequest, MoeculeError, Unavailable
 from common.futex import Bell
 from common.mailbox import (
@@ -48,6 +49,7 @@ class ExpertShard(Actor):
     kind = "shard"
 
     async def start(self) -> None:
+        pin_actor(self.kind, self.settings)
         self.config, self.store = await asyncio.to_thread(self._open_checkpoint)
         self.server = ExpertServer(self.store)
         self.server.start()

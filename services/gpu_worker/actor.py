@@ -8,6 +8,7 @@ import os
 from common.actor import Actor
 from common.bus import Subscription
 from common.checkpoint import Checkpoint
+from common.cores import pin_actor
 from common.errors import (
     BusUnavailable,
     ContextLengthExceeded,
@@ -54,6 +55,7 @@ class Worker(Actor):
 
     async def start(self) -> None:
         settings = self.settings
+        pin_actor(self.kind, settings)
         self.config = await asyncio.to_thread(ModelConfig.load, settings.model)
         self.max_context = min(settings.max_context or self.config.max_positions, self.config.max_positions)
         self.streams = Streams(self.clock)
