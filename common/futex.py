@@ -24,6 +24,9 @@ _ADD_ONE = 1 << 28 | 1 << 12  # FUTEX_OP(ADD, 1, CMP_EQ, 0): the second wake nev
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+# Called with the interpreter held: given up for this moment, it goes to the event loop, and comes back late.
+_quick_syscall = ctypes.PyDLL(None).syscall
+_quick_syscall.restype = ctypes.c_long
 
 
 class _Timespec(ctypes.Structure):
@@ -58,7 +61,7 @@ class Bell:
 
     def ring(self) -> None:
         """Add one to the word, in the kernel and so atomically between processes, and wake who waits on it."""
-        _syscall(*self._ring)
+        _quick_syscall(*self._ring)
 
     def wait(self, seen: int, timeout: float) -> None:
         """Sleep while the word is `seen`, at most `timeout` seconds; may return early. One thread waits on a Bell."""
