@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import statistics
 import sys
@@ -20,17 +21,19 @@ import urllib.request
 from benchmarks.cluster import cluster
 
 MODEL = "models/tiny"
+SETTLE_SECONDS = 3.0
+WARM_TOKENS = 32
 
 
-def peer(prompts: list[list[int]], tokens: int):
-    """A function that runs transformers' generate once and returns its seconds."""
+def peer(prompts: list[list[int]]):
+    """A function that runs transformers' generate for so many tokens and returns its seconds."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     ids = torch.tensor(prompts)
 
-    def run() -> float:
+    def run(tokens: int) -> float:
         started = time.perf_counter()
         with torch.inference_mode():
             out = model.generate(
@@ -68,6 +71,12 @@ async def stream_all(url: str, prompts: list[list[int]], tokens: int) -> float:
     return time.perf_counter() - started
 
 
+def settle() -> None:
+    """A virtual machine that was busy is given less for a while: neither side shall start on the other's debt."""
+    gc.collect()
+    time.sleep(SETTLE_SECONDS)
+
+
 def step_seconds(url: str) -> tuple[float, float]:
     """(sum, count) of the workers' step times so far."""
     text = urllib.request.urlopen(f"{url}/metrics").read().decode()
@@ -88,13 +97,15 @@ def main() -> None:
     tokens, total = arguments.tokens, arguments.streams * arguments.tokens
     # Different first tokens, so that no two streams share a page.
     prompts = [[100 + row] + [300 + (7 * row + 13 * i) % 700 for i in range(31)] for row in range(arguments.streams)]
-    generate = peer(prompts, tokens)
+    generate = peer(prompts)
     with cluster(log_level="warning", pin=1) as running:
         ours, theirs = [], []
-        asyncio.run(stream_all(running.url, prompts, 16))
-        generate()
         for number in range(arguments.rounds):
-            theirs.append(total / generate())
+            settle()
+            generate(WARM_TOKENS)
+            theirs.append(total / generate(tokens))
+            settle()
+            asyncio.run(stream_all(running.url, prompts, WARM_TOKENS))
             ours.append(total / asyncio.run(stream_all(running.url, prompts, tokens)))
             print(f"round {number + 1}: {ours[-1]:.0f} against {theirs[-1]:.0f} tokens/s", file=sys.stderr, flush=True)
         before = step_seconds(running.url)
