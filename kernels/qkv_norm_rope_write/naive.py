@@ -36,12 +36,13 @@ def qkv_norm_rope_write(
     dimensions up to one permutation of both queries and keys, which leaves their products alone.
     """
     kv_lora, width = len(w.kv_norm), cache.shape[2]
+    rope = width - kv_lora
     a = torch.mm(x, w.a) if w.a_bias is None else torch.addmm(w.a_bias, x, w.a)
-    row, queries = a[:, :width], a[:, width:]
-    latent = row[:, :kv_lora]
+    row, queries = a.split((width, a.shape[1] - width), 1)
+    latent, key = row.split((kv_lora, rope), 1)
     latent *= inverse_rms(latent, LATENT_EPS)
     latent *= w.kv_norm
-    _rotate(row[:, None, kv_lora:], turns)
+    _rotate(key.unsqueeze(1), turns)
     cache.view(-1, width).index_copy_(0, write, row)
     if w.b is None or w.q_norm is None:
         q.copy_(queries.view_as(q))
@@ -49,7 +50,7 @@ def qkv_norm_rope_write(
         queries *= inverse_rms(queries, LATENT_EPS)
         queries *= w.q_norm
         torch.mm(queries, w.b, out=q.view(len(q), -1))
-    _rotate(q[:, :, q.shape[2] - 2 * turns.shape[2] :], turns)
+    _rotate(q[:, :, q.shape[2] - rope :], turns)
 
 
 def _rotate(x: Tensor, turns: Tensor) -> None:

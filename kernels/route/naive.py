@@ -36,7 +36,7 @@ def route(
     choice = scores if bias is None else scores + bias
     if rule.method != "greedy" and rule.topk_groups < rule.groups:
         choice = _within_best_groups(choice, rule)
-    ids.copy_(choice.topk(rule.topk, sorted=False).indices)
+    torch.topk(choice, rule.topk, sorted=False, out=(weights, ids))
     torch.gather(scores, 1, ids, out=weights)
     if rule.norm:
         weights /= weights.sum(-1, keepdim=True).add_(1e-20)
@@ -51,6 +51,5 @@ def _within_best_groups(choice: Tensor, rule: Routing) -> Tensor:
     else:
         worth = grouped.amax(-1)
     best = worth.topk(rule.topk_groups, sorted=False).indices  # [T, topk_groups]
-    masked = torch.full_like(grouped, -torch.inf)
-    index = best.unsqueeze(2).expand(-1, -1, grouped.shape[2])
-    return masked.scatter_(1, index, grouped.gather(1, index)).view_as(choice)
+    closed = torch.full_like(worth, -torch.inf).scatter_(1, best, 0.0)  # [T, groups]
+    return (grouped + closed.unsqueeze(2)).view_as(choice)

@@ -11,7 +11,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
@@ -86,7 +86,7 @@ class ExpertLinks:
         # The compute thread's.
         self._in_step = False
         self._table = self._newest
-        self._lookups: Sequence[np.ndarray] = ()
+        self._lookups = np.empty((0, 1), np.int32)  # of Table.choose, for this step
         self._work: tuple[int, np.ndarray, np.ndarray, np.ndarray] = (0, np.empty(0), np.empty(0), np.empty(0))
         self._sent: list[_Sent] = []
 
@@ -124,12 +124,12 @@ class ExpertLinks:
         end = start + self._hello.prefill_rows
         x, ids, weights = x[start:end], ids[start:end], weights[start:end]
         self._sent = []
-        for peer, lookup in zip(self._table.peers, self._lookups, strict=True):
+        shares = self._lookups.take(ids, axis=1)  # [peers, T, topk], -1 where another shard's
+        asked = shares.max(axis=2) >= 0  # [peers, T]
+        for peer, mine, some, every in zip(self._table.peers, shares, asked, asked.all(axis=1), strict=True):
             if peer.lost:
                 self._fail(peer, peer.lost)
-            mine = lookup.take(ids)  # [T, topk], -1 where another shard's
-            asked = mine.max(axis=1) >= 0  # [T]
-            rows = None if asked.all() else asked.nonzero()[0]
+            rows = None if every else some.nonzero()[0]
             if rows is None or len(rows):
                 peer.submit(layer, x, mine, weights, rows)
                 self._sent.append(_Sent(peer, rows))

@@ -19,8 +19,8 @@ class Table:
     expert_map: ExpertMap
     peers: tuple[Peer, ...]  # sorted by shard id: the order in which partial sums are added
     missing: tuple[int, ...]  # partitions that live on none of them
-    choose: Callable[[int], Sequence[np.ndarray]]
-    """step -> a look-up for each peer, int32 [experts + 1]: id -> id if the peer gets it in this step, else -1."""
+    choose: Callable[[int], np.ndarray]
+    """step -> int32 [peers, experts + 1], a look-up for each peer: id -> id if it gets that in this step, else -1."""
 
 
 def make_table(expert_map: ExpertMap, peers: Iterable[Peer], experts: int, worker_id: str) -> Table:
@@ -32,20 +32,21 @@ def make_table(expert_map: ExpertMap, peers: Iterable[Peer], experts: int, worke
     return Table(expert_map, live, missing, _chooser(copies, len(live), experts, worker_id))
 
 
-def _chooser(copies: list[list[int]], peers: int, experts: int, worker_id: str) -> Callable[[int], list[np.ndarray]]:
+def _chooser(copies: list[list[int]], peers: int, experts: int, worker_id: str) -> Callable[[int], np.ndarray]:
     """A pure function of worker and step: the copies of a partition take turns, from another start for each worker."""
     if not copies:
-        return lambda _: []
+        return lambda _: np.empty((0, experts + 1), np.int32)
     width = max([len(owners) for owners in copies] + [1])
     owner = np.array([(owners * width or [-1] * width)[:width] for owners in copies], dtype=np.int32)
     counts = np.array([max(1, len(owners)) for owners in copies])
     starts = np.array([zlib.crc32(f"{worker_id} {partition}".encode()) for partition in range(len(copies))])
-    ids = np.arange(experts, dtype=np.int32)
+    ids, everyone = np.arange(experts, dtype=np.int32), np.arange(peers)[:, None]
+    nobody = np.full((peers, 1), -1, np.int32)
     partition_of = ids % max(1, len(copies))
 
-    def choose(step: int) -> list[np.ndarray]:
-        chosen = owner[np.arange(len(copies)), (starts + step) % counts][partition_of]
-        return [np.append(np.where(chosen == peer, ids, -1), -1).astype(np.int32) for peer in range(peers)]
+    def choose(step: int) -> np.ndarray:
+        chosen = owner[np.arange(len(copies)), (starts + step) % counts][partition_of]  # [experts]
+        return np.hstack((np.where(chosen == everyone, ids, nobody), nobody))
 
     if width > 1:
         return choose
