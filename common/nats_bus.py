@@ -27,6 +27,7 @@ CONNECT_SECONDS = 10.0
 RECONNECT_WAIT_SECONDS = 0.1
 PING_SECONDS = 2
 JETSTREAM_SECONDS = 2.0
+WRITE_BUFFER_BYTES = 64 << 10
 
 
 class OrderedClient(Client):
@@ -39,14 +40,16 @@ class OrderedClient(Client):
         await self._flush_pending()
 
     async def _flush_pending(self, force_flush: bool = False) -> None:
-        """Written at once: nats-py hands it to a task of its own, which costs two more turns of the loop a message."""
-        if not self._pending_data_size or not self.is_connected or self._transport is None:
+        """Written at once while the socket takes it: nats-py leaves it to a task of its own, which costs two more
+        turns of the loop a message. That task has the rest, so that a server that stands still holds nobody up."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if not self.is_connected or writer is None or writer.transport.get_write_buffer_size() > WRITE_BUFFER_BYTES:
+            await super()._flush_pending(force_flush)
             return
         pending, self._pending, self._pending_data_size = self._pending, [], 0
         try:
-            self._transport.writelines(pending)
-            await self._transport.drain()
-        except OSError as error:
+            writer.writelines(pending)
+        except (OSError, RuntimeError) as error:  # uvloop's word for a transport that has just been closed
             await self._process_op_err(error)
 
     def drop_pending(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 
 import pytest
@@ -460,3 +461,25 @@ async def test_it_waits_for_a_server_that_comes_up_late(nats_server: NatsServer)
     await asyncio.wait_for(connecting, 5)
     assert bus.connected
     await bus.close()
+
+
+async def test_a_server_that_stands_still_holds_up_no_publisher(nats_server: NatsServer):
+    sender, receiver, inbox = NatsBus(nats_server.url, "a"), NatsBus(nats_server.url, "b"), Inbox()
+    await sender.connect()
+    await receiver.connect()
+    await receiver.subscribe("a", inbox)
+    published: list[Message] = []
+
+    async def publish() -> None:
+        published.append(Metrics(text=f"{len(published)}" + "x" * 200_000))
+        await asyncio.wait_for(sender.publish("a", published[-1]), 1)
+
+    nats_server.signal(signal.SIGSTOP)
+    while sender._client.pending_data_size == 0:  # the sockets take no more
+        await publish()
+    for _ in range(5):
+        await publish()
+    nats_server.signal(signal.SIGCONT)
+    await until(lambda: inbox.messages == published)
+    await sender.close()
+    await receiver.close()
