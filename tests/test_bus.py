@@ -268,6 +268,8 @@ async def test_drain_ends_what_was_taken_and_takes_nothing_new(make_bus: BusMake
     subscription = await answerer.subscribe("a", handler, concurrency=concurrency)
     requests = [asyncio.create_task(asker.request("a", Ok(), timeout=10)) for _ in range(4)]
     await entered.wait(concurrency)
+    with pytest.raises(NoResponders):
+        await asker.request("nobody", Ok())  # its answer comes when the server has seen all that was asked before
     draining = asyncio.create_task(subscription.drain())
     async with asyncio.timeout(5):
         while True:  # until the subscription is gone at the server
