@@ -388,8 +388,11 @@ class ShardProcess:
     def node(self) -> str:
         return self.beat.node
 
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
+    async def stand_still(self) -> None:
+        """SIGSTOP reaches each thread in its own time: until the last has stopped, a step may still be answered."""
+        self.process.send_signal(signal.SIGSTOP)
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        await until(lambda: all("T (stopped)" in (task / "status").read_text() for task in tasks.iterdir()))
 
     def end(self) -> None:
         self.process.kill()
@@ -425,7 +428,7 @@ async def test_kill_9_in_mid_wait_breaks_the_step_off(apart, tensors, kind, limi
     batch = rows(8)
     close(await asyncio.to_thread(through, links, 1, batch), tensors, 1, batch)
     # Stopped, it holds the step in its wait until it is killed.
-    process.signal(signal.SIGSTOP)
+    await process.stand_still()
     step = asyncio.create_task(asyncio.to_thread(through, links, 1, batch))
     await until(lambda: bool(links._sent))
     with contextlib.suppress(TimeoutError):
@@ -450,14 +453,14 @@ async def test_a_hung_shard_is_given_up_after_the_bound(apart, tensors):
     made, process = apart
     links = await made.links(bound=0.3)
     await links.set_map(made.map([process]))
-    process.signal(signal.SIGSTOP)
+    await process.stand_still()
     began = time.monotonic()
     with pytest.raises(PeerLost, match=r"has not answered for 0\.3 s"):
         await asyncio.to_thread(through, links, 1, rows(8))
     assert 0.3 <= time.monotonic() - began < 5
     with pytest.raises(ExpertsUnavailable):
         links.begin_step()
-    process.signal(signal.SIGCONT)
+    process.process.send_signal(signal.SIGCONT)
     await until(lambda: links.reason == "")
     batch = rows(8)
     close(await asyncio.to_thread(through, links, 1, batch), tensors, 1, batch)
