@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import subprocess
@@ -15,6 +16,15 @@ import pytest
 from common.bus import Bus
 from common.memory_bus import MemoryBroker, MemoryBus
 from common.nats_bus import NatsBus
+
+# hypothesis looks at every garbage collection, and one of those while CPython 3.11 makes the syntax tree of a test file
+# ends in "AST constructor recursion depth mismatch". None while they are read, then.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+
 
 REPO = Path(__file__).parent.parent
 BusMaker = Callable[[], Awaitable[Bus]]
