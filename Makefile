@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # What pip resolves without a GPU; one that has a GPU keeps the torch it was given.
 TORCH ?= torch==2.13.0
+# The GPU machines' version: tiles, registers and spills are this compiler's.
+TRITON ?= triton==3.6.0
 SHARDS ?= 2
 WORKERS ?= 1
 
@@ -28,7 +30,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRITON)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 

@@ -1,5 +1,25 @@
 """The residual stream's update and the norm that follows it."""
 
-from kernels.combine_norm.naive import combine_norm
+from torch import Tensor
 
-__all__ = ["combine_norm"]
+from kernels.combine_norm import naive
+from kernels.combine_norm.naive import SlotRows
+from kernels.quant import Fp8Rows
+
+__all__ = ["SlotRows", "combine_norm"]
+
+
+def combine_norm(
+    residual: Tensor,  # [T, hidden], updated
+    parts: tuple[Tensor | SlotRows, ...],  # each [T, hidden]
+    weight: Tensor,  # [hidden]
+    eps: float,
+    out: Tensor | Fp8Rows,  # [T, hidden]
+) -> None:
+    """residual += parts, in their order; out = residual / rms(residual) * weight, quantised if `out` is."""
+    if residual.is_cuda:
+        from kernels.combine_norm import triton
+
+        triton.combine_norm(residual, parts, weight, eps, out)
+    else:
+        naive.combine_norm(residual, parts, weight, eps, out)

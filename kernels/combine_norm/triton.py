@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.combine_norm.naive import SlotRows
+from kernels.quant.naive import GROUP, Fp8Rows
+from kernels.quant.triton import quantise_groups
+
+
+@triton.jit
+def _combine_norm(
+    residual, first, second, rows, slots, weight, out, scale, eps, hidden,
+    PARTS: tl.constexpr, TOPK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < hidden
+    total = tl.load(residual + t * hidden + at, mask=inside, other=0.0).to(tl.float32)
+    if PARTS >= 1:
+        total += tl.load(first + t * hidden + at, mask=inside, other=0.0).to(tl.float32)
+    if PARTS >= 2:
+        total += tl.load(second + t * hidden + at, mask=inside, other=0.0).to(tl.float32)
+    if TOPK:
+        routed = tl.zeros([BLOCK], tl.float32)
+        for k in tl.static_range(TOPK):
+            slot = tl.load(slots + t * TOPK + k).to(tl.int64)
+            routed += tl.load(rows + slot * hidden + at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+        total += routed.to(rows.dtype.element_ty).to(tl.float32)
+    tl.store(residual + t * hidden + at, total, mask=inside)
+    normed = total * tl.rsqrt(tl.sum(total * total) / hidden + eps) * tl.load(weight + at, mask=inside, other=0.0)
+    if GROUP:
+        coded, scales = quantise_groups(normed, out.dtype.element_ty, BLOCK, GROUP)
+        tl.store(out + t * hidden + at, coded, mask=inside)
+        groups = tl.arange(0, BLOCK // GROUP)
+        tl.store(scale + t * (hidden // GROUP) + groups, scales, mask=groups < hidden // GROUP)
+    else:
+        tl.store(out + t * hidden + at, normed, mask=inside)
+
+
+def combine_norm(
+    residual: Tensor, parts: tuple[Tensor | SlotRows, ...], weight: Tensor, eps: float, out: Tensor | Fp8Rows
+) -> None:
+    """At most two dense parts, then at most one of slots."""
+    dense = [part for part in parts if not isinstance(part, SlotRows)]
+    slotted = [part for part in parts if isinstance(part, SlotRows)]
+    if len(dense) > 2 or len(slotted) > 1 or list(parts) != dense + slotted:
+        raise ValueError("combine_norm takes up to two dense parts, then up to one of slots")
+    tokens, hidden = residual.shape
+    if not tokens:
+        return
+    data, scale, group = (out.data, out.scale, GROUP) if isinstance(out, Fp8Rows) else (out, None, 0)
+    rows, slots, topk = (slotted[0].rows, slotted[0].slots, slotted[0].slots.shape[1]) if slotted else (None, None, 0)
+    first, second = (*dense, None, None)[:2]
+    block = max(triton.next_power_of_2(hidden), GROUP)
+    _combine_norm[(tokens,)](
+        residual, first, second, rows, slots, weight, data, scale, eps, hidden,
+        len(dense), topk, group, block, num_warps=max(1, min(16, block // 512)),
+    )  # fmt: skip

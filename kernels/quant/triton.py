@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.quant.naive import GROUP, Fp8Rows
+from kernels.tl_ops import fp8_max, to_fp8
+
+
+@triton.jit
+def quantise_groups(x, dtype: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
+    """[WIDTH] float32 to (e4m3 [WIDTH], float32 [WIDTH / SIZE])."""
+    groups = tl.reshape(x, [WIDTH // SIZE, SIZE])
+    scale = tl.maximum(tl.max(tl.abs(groups), 1), 1e-10) / fp8_max(dtype)
+    return tl.reshape(to_fp8(groups / scale[:, None], dtype), [WIDTH]), scale
+
+
+@triton.jit
+def _quantise_rows(x, data, scale, width, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+    coded, scales = quantise_groups(values, data.dtype.element_ty, BLOCK, GROUP)
+    tl.store(data + row * width + at, coded, mask=at < width)
+    groups = part * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    tl.store(scale + row * (width // GROUP) + groups, scales, mask=groups < width // GROUP)
+
+
+def quantise_rows(x: Tensor, out: Fp8Rows) -> None:
+    rows, width = x.shape
+    block = min(1024, triton.next_power_of_2(width))
+    if rows:
+        _quantise_rows[(rows, triton.cdiv(width, block))](x, out.data, out.scale, width, GROUP, block, num_warps=4)

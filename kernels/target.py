@@ -1,0 +1,71 @@
+"""What a launch is compiled for: the processor's limits, and the tiles that were measured on it.
+
+Imported by the Triton versions alone, never on the CPU path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, one program after another
+
+
+@dataclass(frozen=True)
+class Target:
+    arch: str  # sm_90, gfx950, gfx942
+    device: str  # its name, as the tables of tiles know it
+    processors: int  # multiprocessors: how many programs a persistent kernel starts, times its programs a processor
+    shared: int  # bytes of shared memory that one program may take
+    fp8: torch.dtype  # its e4m3
+
+
+_LIMITS = {
+    "sm_90": (132, 227 * 1024, torch.float8_e4m3fn),
+    "gfx950": (256, 160 * 1024, torch.float8_e4m3fn),
+    "gfx942": (304, 64 * 1024, torch.float8_e4m3fnuz),
+}
+
+
+def current() -> Target:
+    """The target of launches from this thread. Raises ValueError for an architecture without a tile rule."""
+    if INTERPRETED:
+        # Few programs, so that small shapes go round the persistent loops.
+        return Target("sm_90", "interpreter", 3, 227 * 1024, torch.float8_e4m3fn)
+    active = triton.runtime.driver.active.get_current_target()
+    return _describe(f"sm_{active.arch}" if active.backend == "cuda" else str(active.arch).split(":")[0])
+
+
+@cache
+def _describe(arch: str) -> Target:
+    if arch not in _LIMITS:
+        raise ValueError(f"no tile rule for {arch}; known are {', '.join(_LIMITS)}")
+    processors, shared, fp8 = _LIMITS[arch]
+    device = "none"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties()
+        device, processors = properties.name, properties.multi_processor_count
+    return Target(arch, device, processors, shared, fp8)
+
+
+@cache
+def _table(path: Path) -> Mapping:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def measured_tile(folder: Path | str, shape: str, tokens: int) -> dict[str, int] | None:
+    """The tile that was measured best for `shape` and the bucket that holds `tokens`, or None: use the static rule.
+
+    `folder`/tiles.json maps Triton's version -> device -> shape (with its dtype) -> bucket -> tile; a bucket is named
+    by the most tokens it holds.
+    """
+    table = _table(Path(folder) / "tiles.json")
+    buckets = table.get(triton.__version__, {}).get(current().device, {}).get(shape, {})
+    fitting = [bucket for bucket in sorted(map(int, buckets)) if bucket >= tokens]
+    return dict(buckets[str(fitting[0])]) if fitting else None

@@ -1,0 +1,48 @@
+"""What several Triton kernels need. Every function is @triton.jit, called from kernels."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.target import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+FP8_MAX = tl.constexpr(448.0)  # e4m3fn
+FP8_MAX_FNUZ = tl.constexpr(240.0)  # e4m3fnuz (gfx942)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b, float32. The interpreter's bf16 products are garbage: there the operands are widened first."""
+    if _INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def fp8_max(dtype: tl.constexpr):
+    if dtype == tl.float8e4b8:
+        return FP8_MAX_FNUZ
+    else:
+        return FP8_MAX
+
+
+@triton.jit
+def to_fp8(x, dtype: tl.constexpr):
+    """float32 to the nearest e4m3, saturating: not every target's cast does that, and the interpreter's truncates."""
+    limit = fp8_max(dtype)
+    x = tl.clamp(x, -limit, limit)
+    if _INTERPRETED:
+        x = _nearest_fp8(x)
+    return x.to(dtype)
+
+
+@triton.jit
+def _nearest_fp8(x):
+    """The float32 that is the e4m3fn nearest to x, ties to even."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF  # three bits of mantissa
+    tiny = (x + 24576.0) - 24576.0  # multiples of 2^-9, below the smallest normal number
+    return tl.where(tl.abs(x) < 0.015625, tiny, bits.to(tl.float32, bitcast=True))

@@ -1,0 +1,65 @@
+"""What the tests of Triton kernels share. Without a GPU they run under Triton's interpreter (conftest sets it), on
+small shapes; with one, the same tests run there too, marked `gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.quant.naive import Fp8Rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2, torch.float8_e4m3fn: 3e-2}
+"""dtype -> largest error RMS / reference RMS; float8 for whatever passes through it."""
+
+either_device = pytest.mark.gpu if DEVICE == "cuda" else (lambda test: test)
+"""Marks a test that runs interpreted in `make test` and compiled with `pytest -m gpu`."""
+
+
+def error_ratio(got: Tensor, want: Tensor) -> float:
+    """RMS of the error over RMS of the reference; 0 where both are all zero, and NaN never passes a `<`."""
+    error = (got.double() - want.double()).square().mean().sqrt()
+    scale = want.double().square().mean().sqrt()
+    return 0.0 if not got.numel() or (error == 0) else float(error / scale)
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """An output that shows where it was not written."""
+    return poison(torch.empty(shape, dtype=dtype, device=DEVICE))
+
+
+def poison(*tensors: Tensor | Fp8Rows) -> Tensor:
+    """Fill with NaN, or with a number no index is. Returns the first."""
+    for tensor in tensors:
+        for part in (tensor.data, tensor.scale) if isinstance(tensor, Fp8Rows) else (tensor,):
+            if part.dtype == torch.float8_e4m3fn:
+                part.view(torch.uint8).fill_(0x7F)
+            else:
+                part.fill_(torch.nan if part.is_floating_point() else torch.iinfo(part.dtype).min)
+    return tensors[0]  # type: ignore[return-value]
+
+
+def same_from_graph(
+    launch: Callable[[], object], refill: Callable[[int], object], outputs: Iterable[Tensor], runs: int = 1000
+) -> None:
+    """A captured graph of `launch`, replayed on inputs that `refill(i)` writes in place: bitwise what eager gives."""
+    outputs = tuple(outputs)
+    refill(0)
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    for i in range(runs):
+        refill(i)
+        poison(*outputs)
+        launch()
+        want = [output.clone() for output in outputs]
+        refill(i)
+        poison(*outputs)
+        graph.replay()
+        for output, eager in zip(outputs, want, strict=True):
+            assert torch.equal(output.view(torch.uint8), eager.view(torch.uint8)), f"run {i}"
