@@ -16,15 +16,16 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 
 from common.bus import Bus
 from common.clock import Clock, RealClock, within
-from common.errors import BusUnavailable, ConfigError
+from common.errors import BusUnavailable, ConfigError, MoeculeError, NoResponders
 from common.log import actor_log, setup_logs
-from common.messages import Message, State, new_boot_id, subject
+from common.messages import GetMetrics, Message, State, new_boot_id, subject
 from common.settings import Settings, node_id
 from common.settings import actor_id as place_in_cluster
 from common.telemetry import new_registry, render
 
 BEAT_SECONDS = 0.25
 SILENT_SECONDS = 5.0  # a peer without a heartbeat for so long is dead, counted while our own bus is connected
+TWIN_SECONDS = 1.0
 DRAIN_GRACE_SECONDS = 0.5  # on top of drain_seconds, for telling the rest
 
 EXIT_CONFIG = 78  # the start must end: a restart would fail alike
@@ -92,6 +93,7 @@ class Actor:
             async with asyncio.TaskGroup() as group:
                 self._group = group
                 self.bus.on_reconnect(self._beat_after_reconnect)
+                await self._refuse_a_twin()
                 await self.bus.subscribe(subject(self.kind, self.id, "metrics"), self._on_metrics)
                 beats = self.spawn(self._beat_forever(), "beats")
                 if await unless(stop, self.start()):
@@ -116,6 +118,17 @@ class Actor:
         self.state = state
         self.log.info(state)
         self.beat_now()
+
+    async def _refuse_a_twin(self) -> None:
+        """Two lives under one id would take each other for dead. Whoever answers there was first, and stays."""
+        try:
+            await self.bus.request(subject(self.kind, self.id, "metrics"), GetMetrics(), timeout=TWIN_SECONDS)
+        except NoResponders:
+            return
+        except MoeculeError as error:
+            self.log.warning("somebody may run under this id", why=error.message)
+            return
+        raise ConfigError(f"{self.id} runs already: to start another {self.kind}, give it a name with MOECULE_ID")
 
     async def _drain_within_limit(self) -> None:
         limit = self.settings.drain_seconds + DRAIN_GRACE_SECONDS

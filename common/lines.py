@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 import socket
 import sys
@@ -63,6 +65,9 @@ class ActorLine:
     def ends_start(self, code: int, lives: int) -> bool:
         return code == EXIT_CONFIG or (code == EXIT_UNAVAILABLE and lives == 1)
 
+    def close(self) -> None:
+        pass
+
 
 class NatsLine:
     name = "nats-server"
@@ -88,7 +93,7 @@ class NatsLine:
             print(f"moecule: NATS is expected at {host}:{port}; none is started here", file=sys.stderr, flush=True)
             return []
         binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
-        self._drop_store()
+        self.close()
         self._store = tempfile.mkdtemp(prefix="moecule-nats-")
         return [binary, "-c", str(NATS_CONF), "-a", host, "-p", str(port), "-sd", self._store]
 
@@ -96,7 +101,7 @@ class NatsLine:
         # The server wants a folder to start with, and never writes to it: so nothing is left behind by kill -9.
         if self._store and sockets_on(self._address[1], LISTEN):
             self._came_up = True
-            self._drop_store()
+            self.close()
 
     def may_stop(self, waited: float) -> bool:
         """The others say goodbye over NATS, so they go first."""
@@ -105,11 +110,10 @@ class NatsLine:
     def ends_start(self, code: int, lives: int) -> bool:
         if self._came_up:
             return False
-        self._drop_store()
         print("moecule: NATS did not come up; its reason stands above", file=sys.stderr, flush=True)
         return True
 
-    def _drop_store(self) -> None:
+    def close(self) -> None:
         if self._store:
             shutil.rmtree(self._store, ignore_errors=True)
             self._store = None
@@ -144,6 +148,7 @@ def reachable(host: str) -> str:
 def ready_line(settings: Settings) -> str:
     host = reachable(settings.host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
-    body = f'{{"model": "{settings.served_name}", "messages": [{{"role": "user", "content": "What is 47 + 85?"}}]}}'
-    curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'"
+    question = {"role": "user", "content": "What is 47 + 85?"}
+    body = shlex.quote(json.dumps({"model": settings.served_name, "messages": [question]}))
+    curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d {body}"
     return f"Moecule is ready at {url} - try: {curl}"

@@ -25,11 +25,14 @@ A reply may always be `Failed`, which the bus raises as the error it names. Thre
 from __future__ import annotations
 
 import secrets
-from typing import Literal
+import time
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from common import errors
+from common.settings import ID_PATTERN
 
 SCHEMA = "moecule.v1"
 
@@ -47,7 +50,13 @@ def subject_of_kind(verb: str) -> str:
 
 
 def new_boot_id() -> str:
-    return secrets.token_hex(6)
+    """Ordered as text: of two lives under one id the later one has the greater."""
+    return f"{time.time_ns():016x}{secrets.token_hex(3)}"
+
+
+MOST_LOGPROBS = 1024
+Id = Annotated[str, Meta(pattern=ID_PATTERN)]
+Count = Annotated[int, Meta(ge=0)]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
@@ -134,22 +143,22 @@ class Sampling(Message):
     """
 
     max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Count = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     seed: int = 0
-    min_tokens: int = 0
+    min_tokens: Count = 0
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
 
 
 class Generate(Message):
     """One request, admitted by the worker it is sent to. `prompt` are token ids."""
 
     request_id: str
-    gateway_id: str
+    gateway_id: Id
     prompt: tuple[int, ...]
     sampling: Sampling
     tenant: str = ""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import nats.errors
@@ -27,7 +28,22 @@ CONNECT_SECONDS = 10.0
 RECONNECT_WAIT_SECONDS = 0.1
 PING_SECONDS = 2
 JETSTREAM_SECONDS = 2.0
+PULSE_SECONDS = 0.5  # between two questions whether the server still answers
+STALLED_SECONDS = 1.5  # without its answer: then nobody's silence proves anything
 WRITE_BUFFER_BYTES = 64 << 10
+
+
+T = TypeVar("T")
+
+
+async def kept_cancellable(call: Coroutine[Any, Any, T]) -> T:
+    """nats-py waits with `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that meets the reply."""
+    task = asyncio.current_task()
+    asked = task.cancelling() if task else 0
+    result = await call
+    if task and task.cancelling() > asked:
+        raise asyncio.CancelledError
+    return result
 
 
 class OrderedClient(Client):
@@ -85,7 +101,9 @@ class NatsBus:
         self._url = url
         self._name = name
         self._client = OrderedClient()
-        self._since: float | None = None
+        self._since: float | None = None  # the connection stands, and the server answers
+        self._pulse_at = 0.0  # when the server answered last
+        self._pulse: asyncio.Task[None] | None = None
         self._begun = False  # nats-py cannot close what never began to connect
         self._leaving = False
         self._callbacks: list[Callable[[], Awaitable[None]]] = []
@@ -109,7 +127,9 @@ class NatsBus:
         return self._client.max_payload
 
     def connected_for(self) -> float:
-        return 0.0 if self._since is None else time.monotonic() - self._since
+        """0 also while the server, or this process, stands still."""
+        now = time.monotonic()
+        return 0.0 if self._since is None or now - self._pulse_at > STALLED_SECONDS else now - self._since
 
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         self._callbacks.append(callback)
@@ -137,7 +157,8 @@ class NatsBus:
         except (nats.errors.Error, ValueError) as error:
             self._begun = False
             raise ConfigError(f"MOECULE_NATS_URL is {self._shown_url()!r}: {error}") from error
-        self._since = time.monotonic()
+        self._since = self._pulse_at = time.monotonic()
+        self._pulse = asyncio.create_task(self._feel_pulse())
 
     async def close(self) -> None:
         if self._leaving:
@@ -148,7 +169,7 @@ class NatsBus:
                 await self._client.flush(timeout=1)
         except nats.errors.Error as error:
             self.log.warning("what was published last may be lost", why=str(error))
-        for task in self._tasks:
+        for task in (*self._tasks, *([self._pulse] if self._pulse else [])):
             task.cancel()
         for subscription in self._subscriptions:
             subscription.cancel()
@@ -176,13 +197,15 @@ class NatsBus:
             raise BusUnavailable("NATS is gone, and the buffer for what is published is full") from None
         except nats.errors.ConnectionClosedError:
             raise BusUnavailable("the connection to NATS is closed") from None
+        except nats.errors.Error as error:
+            raise BusUnavailable(f"the message was not sent: {error}") from error
 
     async def request(self, subject: str, message: Message, timeout: float = 2.0) -> Message:
         data = encode_within(message, self.max_payload)
         # A request that waits in the buffer would be carried out after its sender has given it up.
         self._need_connection()
         try:
-            reply = await self._client.request(subject, data, timeout=timeout)
+            reply = await kept_cancellable(self._client.request(subject, data, timeout=timeout))
         except nats.errors.NoRespondersError:
             raise NoResponders(f"nobody listens on {subject}") from None
         except nats.errors.TimeoutError:
@@ -215,7 +238,7 @@ class NatsBus:
 
     async def kv_get(self, bucket: str, key: str) -> tuple[bytes, int] | None:
         try:
-            entry = await (await self._bucket(bucket)).get(key)
+            entry = await kept_cancellable((await self._bucket(bucket)).get(key))
         except KeyNotFoundError:
             return None
         except nats.errors.Error as error:
@@ -224,7 +247,7 @@ class NatsBus:
 
     async def kv_put(self, bucket: str, key: str, value: bytes, revision: int) -> int:
         try:
-            return await (await self._bucket(bucket)).update(key, value, last=revision)
+            return await kept_cancellable((await self._bucket(bucket)).update(key, value, last=revision))
         except KeyWrongLastSequenceError as error:
             raise Conflict(f"{bucket}/{key} does not have revision {revision}: {error.description}") from None
         except nats.errors.Error as error:
@@ -256,6 +279,21 @@ class NatsBus:
         parts = urlsplit(self._url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
+    async def _feel_pulse(self) -> None:
+        """A server that stands still keeps its connections; that is told only by asking it."""
+        while True:
+            await asyncio.sleep(PULSE_SECONDS)
+            if not self.connected:
+                continue
+            try:
+                await kept_cancellable(self._client.flush(timeout=STALLED_SECONDS))  # type: ignore[arg-type]
+            except nats.errors.Error:
+                continue  # no answer, or the connection broke
+            now = time.monotonic()
+            if now - self._pulse_at > STALLED_SECONDS and self._since is not None:
+                self._since = now
+            self._pulse_at = now
+
     async def _on_disconnect(self) -> None:
         self._since = None
         self._buckets.clear()
@@ -263,7 +301,7 @@ class NatsBus:
             self.log.warning("NATS is gone: connecting again", url=self._shown_url())
 
     async def _on_reconnected(self) -> None:
-        self._since = time.monotonic()
+        self._since = self._pulse_at = time.monotonic()
         self.log.info("NATS is back", url=self._shown_url())
         for callback in self._callbacks:
             task = asyncio.create_task(self._call_back(callback))

@@ -54,7 +54,8 @@ def nats_address(settings: Settings) -> tuple[str, int]:
 def check_nats_port(settings: Settings) -> bool:
     """Whether NATS belongs on this machine: False for an address of another one."""
     host, port = nats_address(settings)
-    return _can_listen(host, port, f"another NATS runs at {host}:{port}, so stop it or set MOECULE_NATS_URL")
+    taken = f"something listens at {host}:{port}, where NATS would, so stop it or set MOECULE_NATS_URL"
+    return _can_listen(host, port, taken)
 
 
 def check_http_port(settings: Settings) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from common.errors import ConfigError
 
 PREFIX = "MOECULE_"
+ID_PATTERN = "^[A-Za-z0-9_-]{1,64}$"  # of an actor's id, which is a part of its subjects
 
 
 def setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None, unit: str = "") -> Any:
@@ -58,7 +59,7 @@ class Settings:
             if text is not None and text.strip() != "":
                 values[field.name] = _parse(field, hints[field.name], text.strip())
         settings = cls(**values)
-        if settings.id and not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", settings.id):
+        if settings.id and not re.fullmatch(ID_PATTERN, settings.id):
             raise ConfigError(f"{PREFIX}ID is {settings.id!r}: use 1 to 64 letters, digits, - and _")
         return settings
 

@@ -63,6 +63,10 @@ class Line(Protocol):
         """Whether a child that ended with `code` in its `lives`-th life would fail again."""
         ...
 
+    def close(self) -> None:
+        """Nothing more is run: remove what was made for it."""
+        ...
+
 
 def start_child(command: Sequence[str]) -> subprocess.Popen[bytes]:
     shim = [sys.executable, "-I", "-S", "-c", SHIM, str(os.getpid()), *command]
@@ -83,6 +87,12 @@ class Supervisor:
 
     def run(self) -> int:
         """Until the line was told to stop (0) or cannot start (the exit code that says so)."""
+        try:
+            return self._live()
+        finally:
+            self._line.close()
+
+    def _live(self) -> int:
         lives = crashes = 0
         while not self._stops:
             lives += 1
@@ -136,16 +146,19 @@ class AncestorWatch:
     def __init__(self) -> None:
         self._parent = os.getppid()
         self._honcho = -1
+        self._orphaned = False
         if "HONCHO_PROCESS_NAME" in os.environ:
             try:
                 with open(f"/proc/{self._parent}/stat") as stat:
                     grandparent = int(stat.read().rpartition(")")[2].split()[1])
                 self._honcho = os.pidfd_open(grandparent)
+                with open(f"/proc/{grandparent}/cmdline") as command:
+                    self._orphaned = "honcho" not in command.read()  # it ended before we began to watch
             except (OSError, IndexError):
-                self._honcho = -1
+                self._orphaned = True
 
     def gone(self) -> bool:
-        if os.getppid() != self._parent:
+        if self._orphaned or os.getppid() != self._parent:
             return True
         return self._honcho >= 0 and bool(select.select([self._honcho], [], [], 0)[0])
 

@@ -38,6 +38,7 @@ class StubWorker:
         self.bus, self.id, self.boot_id, self.script = bus, worker_id, boot_id, script
         self.refusals: list[MoeculeError] = []  # of the next admissions
         self.admitted: list[Generate] = []
+        self.pages_total = 0  # 0: not known
         self.aborted: list[str] = []
         self.resumed: list[Resume] = []
         self.pause_at: int | None = None
@@ -60,7 +61,8 @@ class StubWorker:
 
     async def beat(self) -> None:
         beat = WorkerBeat(
-            id=self.id, boot_id=self.boot_id, node="node", model="model", state="ready", map_version=1
+            id=self.id, boot_id=self.boot_id, node="node", model="model", state="ready", map_version=1,
+            pages_total=self.pages_total,
         )  # fmt: skip
         await self.bus.publish(subject("worker", self.id, "beat"), beat)
 

@@ -329,3 +329,16 @@ def test_a_log_line_names_the_actor(nats_url: str, tmp_path: Path):
     lines = [line for line in err.splitlines() if '"event": "ready"' in line]
     assert len(lines) == 1 and '"kind": "gateway"' in lines[0] and '"id": "gate-7"' in lines[0]
     assert not re.search(r"\x1b\[", err)
+
+
+async def test_a_second_actor_under_the_same_id_is_refused_and_the_first_goes_on():
+    broker = MemoryBroker()
+    async with running(Toy(MemoryBus(broker), actor_id="one")) as first:
+        with pytest.raises(ConfigError, match=r"one runs already.*MOECULE_ID"):
+            async with running(Toy(MemoryBus(broker), actor_id="one")):
+                pass
+        assert not first.life.done()
+        async with running(Toy(MemoryBus(broker), actor_id="two")):
+            pass
+    async with running(Toy(MemoryBus(broker), actor_id="one")):
+        pass

@@ -149,6 +149,15 @@ async def test_what_the_client_leaves_out(front: Front) -> None:
     assert front.sent.sampling.seed != first.seed
 
 
+async def test_without_a_limit_the_output_is_what_the_kv_cache_holds(front: Front) -> None:
+    front.worker.pages_total = 3
+    async with asyncio.timeout(5):
+        while front.gateway.peers.most_cached_tokens() != 192:
+            await asyncio.sleep(0.01)
+    await front.client.completions.create(model="tiny", prompt=[5] * 100)
+    assert front.worker.admitted[0].sampling.max_tokens == 92
+
+
 async def test_the_scheduler_is_told_the_pages_of_the_prompt(front: Front) -> None:
     prompt = list(range(10, 210))
     await front.client.completions.create(model="tiny", prompt=prompt, max_tokens=9)
@@ -346,6 +355,8 @@ async def test_a_wrong_chat_body_is_refused_with_its_path(front: Front, body: di
         ({"prompt": [2048]}, "from 0 to 2047"),
         ({"prompt": [-1]}, "from 0 to 2047"),
         ({"prompt": "x", "echo": True}, "echo is not supported yet"),
+        ({"prompt": "x", "tools": [{}]}, "tools is not supported yet"),
+        ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format is not supported yet"),
         ({"prompt": ["x"] * 65, "n": 2}, "limit of 128"),
         ({}, "missing required field `prompt`"),
     ],
@@ -378,6 +389,18 @@ async def test_a_malformed_body(front: Front, body: bytes) -> None:
 async def test_a_prompt_over_the_context(front: Front) -> None:
     error = await front.refused(400, "/v1/completions", prompt=[5] * 4096)
     assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_text_that_no_context_could_hold_is_not_even_tokenized(
+    front: Front, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("encode", "encode_chat"):
+        monkeypatch.setattr(Tokenizer, name, lambda *_: pytest.fail("tokenized"))
+    monkeypatch.setattr(front.gateway.generator.preparer, "context", 100)
+    text = "a" * 15_000
+    body = {"prompt": text} if path == "/v1/completions" else {"messages": [{"role": "user", "content": text}]}
+    assert (await front.refused(400, path, **body))["code"] == "context_length_exceeded"
 
 
 async def test_more_output_than_is_left(front: Front) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 
@@ -20,7 +21,7 @@ from common.errors import (
 )
 from common.memory_bus import MemoryBus, matches
 from common.messages import Abort, GetMap, GetPages, Message, Metrics, Ok, Resume
-from common.nats_bus import NatsBus
+from common.nats_bus import STALLED_SECONDS, NatsBus, kept_cancellable
 from tests.conftest import BusMaker, NatsServer, Outage
 
 
@@ -485,3 +486,34 @@ async def test_a_server_that_stands_still_holds_up_no_publisher(nats_server: Nat
     await until(lambda: inbox.messages == published)
     await sender.close()
     await receiver.close()
+
+
+async def test_silence_proves_nothing_while_the_server_stands_still(nats_server: NatsServer):
+    bus = NatsBus(nats_server.url, "a")
+    await bus.connect()
+    try:
+        nats_server.signal(signal.SIGSTOP)
+        async with asyncio.timeout(2 * STALLED_SECONDS):
+            while bus.connected_for() > 0:
+                await asyncio.sleep(0.01)
+        nats_server.signal(signal.SIGCONT)
+        async with asyncio.timeout(5):
+            while bus.connected_for() == 0:
+                await asyncio.sleep(0.01)
+        assert bus.connected and bus.connected_for() < 1.0
+    finally:
+        nats_server.signal(signal.SIGCONT)
+        await bus.close()
+
+
+async def test_a_cancellation_that_meets_the_reply_is_not_forgotten():
+    async def forgetful() -> str:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(10)
+        return "reply"
+
+    task = asyncio.create_task(kept_cancellable(forgetful()))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

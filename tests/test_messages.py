@@ -117,3 +117,23 @@ def test_no_two_errors_share_a_code():
 
     codes = [cls.code for cls in leaves(errors.MoeculeError) if cls is not errors.MoeculeError]
     assert len(codes) == len(set(codes))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        dict(gateway_id="a b"),
+        dict(gateway_id="g\r\nPUB x"),
+        dict(sampling=Sampling(max_tokens=1, logprobs=-1)),
+        dict(sampling=Sampling(max_tokens=1, logprobs=10**6)),
+        dict(sampling=Sampling(max_tokens=1, temperature=float("nan"))),
+        dict(sampling=Sampling(max_tokens=1, top_p=0.0)),
+        dict(sampling=Sampling(max_tokens=1, top_k=-1)),
+    ],
+    ids=str,
+)
+def test_a_request_out_of_bounds_is_not_read(broken: dict):
+    good = dict(request_id="r", gateway_id="g", prompt=(1,), sampling=Sampling(max_tokens=1))
+    decode(encode(Generate(**good)))
+    with pytest.raises(msgspec.ValidationError):
+        decode(encode(Generate(**good | broken)))

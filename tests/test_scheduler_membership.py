@@ -24,6 +24,14 @@ def test_an_earlier_life_is_ignored():
     assert not members.bury(beat()) and len(members) == 1
 
 
+def test_what_a_buried_life_wrote_does_not_bury_the_one_after_it():
+    members: Members[SchedulerBeat] = Members()
+    members.heard(beat(boot_id="1"), 0.0)
+    assert members.bury(beat(boot_id="1"))
+    assert members.heard(beat(boot_id="2"), 0.1) == "joined"
+    assert members.heard(beat(boot_id="1"), 0.2) == "stale" and members.lives("a", "2")
+
+
 def test_silence_counts_from_the_last_heartbeat_and_from_our_own_connection():
     members: Members[SchedulerBeat] = Members()
     members.heard(beat("a"), 0.0)

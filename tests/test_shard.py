@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from common.checkpoint import Checkpoint
 from common.errors import ConfigError, InvalidRequest, Unavailable
 from common.memory_bus import MemoryBroker, MemoryBus
-from common.messages import Attach, Attached, ExpertRows, ExpertSums, LoadPartitions, Ok, ShardBeat, subject
+from common.messages import Attach, Attached, ExpertRows, ExpertSums, LoadPartitions, Ok, ShardBeat, WorkerBeat, subject
 from common.model_config import ModelConfig
-from services.expert_shard.actor import ExpertShard
+from services.expert_shard.actor import WORKER_GONE_SECONDS, ExpertShard
 from services.expert_shard.experts import ExpertStore
 from tests.expert_rig import (
     EXPERTS,
@@ -258,6 +258,18 @@ async def test_a_leaving_shard_serves_until_it_is_released(cluster: Rig):
     await until(live.life.done)
     assert links.reason
     assert threading.active_count() < threads
+
+
+async def test_a_leaving_shard_waits_for_a_worker_of_the_bus_as_long_as_that_is_heard(cluster: Rig):
+    shard = await cluster.shard("s")
+    bus, where = await cluster.bus(), subject("shard", "s", "experts")
+    assert isinstance(await bus.request(where, message(shard, rows(3))), ExpertSums)
+    assert shard._asked_over_bus()
+    shard._bus_workers["w"] -= WORKER_GONE_SECONDS
+    assert not shard._asked_over_bus()
+    beat = WorkerBeat(id="w", boot_id="b", node="n", model="m", state="ready", map_version=1)
+    await bus.publish(subject("worker", "w", "beat"), beat)
+    await until(shard._asked_over_bus)
 
 
 async def test_a_leaving_shard_that_nobody_uses_leaves_at_once(cluster: Rig):

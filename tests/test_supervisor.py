@@ -252,6 +252,15 @@ def test_lines_end_when_honcho_is_killed(family: Family):
     until(lambda: family.pids("toy") == [])
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.4])
+def test_nats_that_is_stopped_while_it_starts_leaves_no_folder(family: Family, seconds: float):
+    parent = family.supervise("--nats")
+    time.sleep(seconds)  # wherever in its start that is, nothing may stay
+    parent.terminate()
+    parent.wait(10)
+    assert list(family.temporary.iterdir()) == []
+
+
 def test_the_line_that_ends_a_start():
     line = ready_line(Settings(host="0.0.0.0", port=8123, model_name="small"))
     assert "http://127.0.0.1:8123/v1/chat/completions" in line and '"model": "small"' in line and "\n" not in line

@@ -9,7 +9,7 @@ import socket
 import torch
 from prometheus_client import Gauge
 
-from common.actor import Actor
+from common.actor import BEAT_SECONDS, Actor
 from common.checkpoint import Checkpoint
 from common.cores import pin_actor
 from common.errors import InvalidRequest, MoeculeError, Unavailable
@@ -34,6 +34,7 @@ from common.messages import (
     Message,
     Ok,
     ShardBeat,
+    WorkerBeat,
     subject,
 )
 from common.model_config import ModelConfig
@@ -42,6 +43,8 @@ from services.expert_shard.server import Attachment, ExpertServer, Job
 
 BUS_CONCURRENCY = 16
 DRAIN_POLL_SECONDS = 0.02
+AFTER_WORKERS_SECONDS = 0.4  # within the base's DRAIN_GRACE_SECONDS
+WORKER_GONE_SECONDS = 3 * BEAT_SECONDS
 MOST_ROWS = 1 << 20  # of a slab; a worker asks for what its settings say
 
 
@@ -56,7 +59,7 @@ class ExpertShard(Actor):
         self._wanted = LoadPartitions(version=0, partitions=())
         self._new_wanted = asyncio.Event()
         self._progress = (0, 0)
-        self._bus_workers: set[str] = set()
+        self._bus_workers: dict[str, float] = {}  # those that sent rows over the bus -> when they were last heard
         self._sockets: dict[socket.socket, Attachment | None] = {}
         self._measure()
         self._listen()
@@ -65,6 +68,7 @@ class ExpertShard(Actor):
             await self.bus.subscribe(self._subject("load"), self._on_load),
             await self.bus.subscribe(self._subject("attach"), self._on_attach),
             await self.bus.subscribe(self._subject("experts"), self._on_experts, concurrency=BUS_CONCURRENCY),
+            await self.bus.subscribe("moecule.v1.worker.*.beat", self._on_worker),
         ]
 
     def beat(self) -> Message:
@@ -86,10 +90,18 @@ class ExpertShard(Actor):
         )
 
     async def drain(self) -> None:
-        """Serve until the scheduler has moved everything elsewhere, or until no worker is left to serve."""
-        limit = self.clock.now() + self.settings.drain_seconds
-        while self.store.held and (self.server.attached or self._bus_workers) and self.clock.now() < limit:
+        """Serve until the scheduler has moved everything elsewhere, or until no worker is left to serve.
+
+        Workers that leave at the same moment need their experts to the last: a shard waits a little longer than they.
+        """
+        limit = self.clock.now() + self.settings.drain_seconds + AFTER_WORKERS_SECONDS
+        while self.store.held and (self.server.attached or self._asked_over_bus()) and self.clock.now() < limit:
             await self.clock.sleep(DRAIN_POLL_SECONDS)
+
+    def _asked_over_bus(self) -> bool:
+        """Whether a worker that sent rows over the bus is still there."""
+        horizon = self.clock.now() - WORKER_GONE_SECONDS
+        return any(heard >= horizon for heard in self._bus_workers.values())
 
     async def stop(self) -> None:
         for subscription in self._subscriptions:
@@ -157,10 +169,14 @@ class ExpertShard(Actor):
             raise InvalidRequest("expected an ExpertRows message")
         if message.boot_id != self.boot_id:
             raise Unavailable(f"the rows are meant for another life of {self.id}")
-        self._bus_workers.add(message.worker_id)
+        self._bus_workers[message.worker_id] = self.clock.now()
         job = self._job(message)
         await asyncio.wrap_future(self.server.submit(job))
         return ExpertSums(boot_id=self.boot_id, sums=job.rows.sums.numpy().tobytes())
+
+    async def _on_worker(self, _: str, message: Message) -> None:
+        if isinstance(message, WorkerBeat) and message.id in self._bus_workers:
+            self._bus_workers[message.id] = self.clock.now()
 
     def _job(self, message: ExpertRows) -> Job:
         rows, hidden, topk = message.rows, self.config.hidden, self.config.topk

@@ -40,9 +40,8 @@ class Gateway(Actor):
         self.leaving = False
         self.peers = Peers(self.bus, self.clock)
         self.streams = Streams(self.bus, self.id, self.peers, metrics, self.clock, self._spawn_unless_leaving, self.log)
-        self.generator = Generator(
-            Preparer(settings, config, tokenizer), self.streams, metrics, self.clock, self.log, settings.body_limit
-        )
+        preparer = Preparer(settings, config, tokenizer, self.peers.most_cached_tokens)
+        self.generator = Generator(preparer, self.streams, metrics, self.clock, self.log, settings.body_limit)
         app = App(self.generator, metrics, self._why_not_ready, self._metrics_text, int(time.time()), self.log)
         self.server = HttpServer(app, settings.host, settings.port)
         self._subscriptions = [

@@ -187,17 +187,17 @@ async def read_all(scope: Scope, receive: Receive, limit: int) -> bytes:
     announced = dict(scope["headers"]).get(b"content-length", b"0")
     if not announced.isdigit():
         raise InvalidRequest("the content-length header is not a number")
-    parts, size, more = [], int(announced), True
+    body, size, more = bytearray(), int(announced), True
     while more and size <= limit:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise RequestCancelled("the client left")
-        parts.append(message.get("body", b""))
+        body += message.get("body", b"")
         more = message.get("more_body", False)
-        size = max(size, sum(map(len, parts)))
+        size = max(size, len(body))
     if size > limit:
         raise BodyTooLarge(f"the body is larger than the limit of {limit} bytes")
-    return b"".join(parts)
+    return bytes(body)
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -8,6 +8,7 @@ from common.actor import SILENT_SECONDS
 from common.bus import Bus
 from common.clock import Clock
 from common.messages import Message, SchedulerBeat, ShardBeat, WorkerBeat
+from common.pages import PAGE
 
 SCHEDULER_SILENT_SECONDS = 2.0
 
@@ -28,6 +29,11 @@ class Peers:
         """`subject`: moecule.v1.<kind>.<id>.beat"""
         if isinstance(message, WorkerBeat | ShardBeat | SchedulerBeat):
             self._seen[subject.split(".")[2], message.id] = Seen(message, self._clock.now())
+
+    def most_cached_tokens(self) -> int:
+        """Tokens of the largest KV cache among the workers that can serve; 0: none is known."""
+        workers = (seen.beat for seen in self._seen.values() if isinstance(seen.beat, WorkerBeat))
+        return PAGE * max((beat.pages_total for beat in workers if beat.state == "ready"), default=0)
 
     def silence(self, worker_id: str, since: float) -> float:
         """Seconds since this worker was last heard, or since `since` if that is later; our own outages do not count."""

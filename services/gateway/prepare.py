@@ -20,6 +20,7 @@ from common.settings import Settings
 from services.gateway.protocol import MAX_CHOICES, ChatBody, CompletionBody, prompts_of
 from services.gateway.tokenizer import Tokenizer
 
+MESSAGE_CHARACTERS = 32  # what a message costs beside its text
 LONG = 8_192  # characters or tokens: work on more is done in a thread, so that it holds up no stream
 SEED_MASK = 2**63 - 1
 
@@ -40,11 +41,15 @@ class Job:
 
 
 class Preparer:
-    def __init__(self, settings: Settings, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, settings: Settings, config: ModelConfig, tokenizer: Tokenizer, most_cached: Callable[[], int]
+    ) -> None:
+        """`most_cached`: tokens that the largest KV cache holds, 0 if no worker is known."""
         self.name = settings.served_name
         self.config = config
         self.tokenizer = tokenizer
         self.context = min(settings.max_context or config.max_positions, config.max_positions)
+        self._most_cached = most_cached
         self._defaults = _generation_defaults(Path(settings.model))
 
     async def completion(self, body: CompletionBody) -> list[Job]:
@@ -54,6 +59,7 @@ class Preparer:
         jobs: list[Job] = []
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, str):
+                self._check_length(prompt, "prompt")
                 tokens = await _off_loop(len(prompt), self.tokenizer.encode, prompt)
             else:
                 tokens = prompt
@@ -68,9 +74,18 @@ class Preparer:
         self._check_choices(1, body.n or 1)
         # Templates know no developer; what OpenAI calls so now is what it called system before.
         messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages]
-        text = self.tokenizer.render(messages, body.chat_template_kwargs or {})
+        size = sum(len(message["content"]) + MESSAGE_CHARACTERS for message in messages)
+        text = await _off_loop(size, self.tokenizer.render, messages, body.chat_template_kwargs or {})
+        self._check_length(text, "messages")
         tokens = await _off_loop(len(text), self.tokenizer.encode_chat, text)
         return await self._jobs(body, tokens, "messages", first=0, reasoning=text.rstrip().endswith("<think>"))
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Tokenizing takes long for what is far too long, and the tokenizer lets no other thread run meanwhile."""
+        if len(text) > self.context * self.tokenizer.longest_token:
+            raise ContextLengthExceeded(
+                f"the prompt of {len(text)} characters is more than the context of {self.context} tokens holds", param
+            )
 
     def check_model(self, name: str) -> None:
         if name != self.name:
@@ -103,7 +118,7 @@ class Preparer:
                 f"{self.context}",
                 limit_name,
             )
-        max_tokens = left if limit is None else limit
+        max_tokens = self._room(prompt_tokens) if limit is None else limit
         min_tokens = body.min_tokens or 0
         if min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens is {min_tokens}, more than the {max_tokens} of output", "min_tokens")
@@ -120,6 +135,12 @@ class Preparer:
             stop_token_ids=tuple(body.stop_token_ids or ()),
             logprobs=body.alternatives,
         )
+
+    def _room(self, prompt_tokens: int) -> int:
+        """What a client that names no limit gets: what context and KV cache leave. (One that does is told if that is
+        less.)"""
+        holds = min(self.context, self._most_cached() or self.context)
+        return max(1, holds - prompt_tokens)
 
     def _check_choices(self, prompts: int, n: int) -> None:
         if prompts * n > MAX_CHOICES:

@@ -240,7 +240,7 @@ class Streams:
     def take_beat(self, beat: WorkerBeat) -> None:
         """A new life of a worker knows nothing of the requests of its earlier one."""
         for stream in list(self._live.values()):
-            if stream.worker_id == beat.id and stream.admitted and stream.boot_id != beat.boot_id:
+            if stream.worker_id == beat.id and stream.admitted and stream.boot_id < beat.boot_id:
                 self._lose(stream, "it was restarted")
 
     async def _watch(self) -> None:

@@ -36,6 +36,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self._bytes = self._token_bytes()
+        self.longest_token = max(map(len, self._bytes))  # bytes
         self.pieces = [b"" if i in self._special else shown for i, shown in enumerate(self._bytes)]
         self.reasons = self._tokenizer.token_to_id("</think>") is not None
         config = _read_json(folder / "tokenizer_config.json")

@@ -176,6 +176,10 @@ class Worker(Actor):
             raise InvalidRequest("a request needs at least one prompt token and one output token")
         if not all(0 <= token < self.config.vocab for token in request.prompt):
             raise InvalidRequest(f"token ids must be from 0 to {self.config.vocab - 1}", "prompt")
+        if not all(0 <= token < self.config.vocab for token in sampling.stop_token_ids):
+            raise InvalidRequest(f"token ids must be from 0 to {self.config.vocab - 1}", "stop_token_ids")
+        if (sampling.logprobs or 0) > self.config.vocab:
+            raise InvalidRequest(f"there are {self.config.vocab} tokens to report logprobs of", "logprobs")
         if total > self.max_context:
             raise ContextLengthExceeded(f"prompt and output are {total} tokens, the context holds {self.max_context}")
         if total > cache_tokens:
@@ -267,6 +271,8 @@ class Worker(Actor):
         if not isinstance(message, GatewayBeat):
             return
         before, _when = self._gateways.get(message.id, ("", 0.0))
+        if message.boot_id < before:
+            return  # an earlier life's word, on its way for long
         if before and before != message.boot_id:
             self._drop_gateway(message.id, "it was restarted")
         self._gateways[message.id] = (message.boot_id, self.clock.now())

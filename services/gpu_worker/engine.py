@@ -137,7 +137,7 @@ class Engine:
                 logits = self.model.forward(batch, self.cache)
                 return sample_rows(self.config, plan, logits)
             except PeerLost as lost:
-                self._log.warning("step runs again: a shard was lost in it", shard=lost.shard_id)
+                self._log.warning("a shard was lost in mid step", shard=lost.shard_id)
             except ExpertsUnavailable as error:
                 # Whoever waits would meet the same hole: answer all, nothing hangs.
                 self._end(tuple(self._live), error)

@@ -13,7 +13,7 @@ from common.model_config import ModelConfig
 from common.pages import PAGE
 from kernels.combine_norm import combine_norm
 from kernels.mla_decode import mla_decode
-from kernels.mla_prefill import mla_prefill
+from kernels.mla_prefill import PrefillPlan, mla_prefill
 from kernels.qkv_norm_rope_write import qkv_norm_rope_write
 from kernels.route import Routing, route
 from services.gpu_worker.batch import Batch
@@ -51,10 +51,10 @@ class Model:
         h = F.embedding(batch.tokens, self.weights.embedding)  # [T, hidden], the residual stream
         x = torch.empty_like(h)
         turns = self._turns[batch.positions].unsqueeze(1)  # [T, 1, rope / 2]
-        mask = _decode_mask(batch)
+        mask, prefill = _decode_mask(batch), _prefill_plan(batch)
         for layer, layer_cache in zip(self.weights.layers, cache, strict=True):
             combine_norm(h, (), layer.attn_norm, self.config.eps, x)
-            self._attention(layer, x, turns, mask, batch, layer_cache, h)
+            self._attention(layer, x, turns, mask, prefill, batch, layer_cache, h)
             combine_norm(h, (), layer.mlp_norm, self.config.eps, x)
             self._ffn(layer, x, h)
         last = h[batch.logit_rows]  # [S, hidden]
@@ -62,7 +62,15 @@ class Model:
         return torch.mm(last, self.weights.head)
 
     def _attention(
-        self, layer: Layer, x: Tensor, turns: Tensor, mask: Tensor, batch: Batch, cache: Tensor, h: Tensor
+        self,
+        layer: Layer,
+        x: Tensor,
+        turns: Tensor,
+        mask: Tensor,
+        prefill: PrefillPlan | None,
+        batch: Batch,
+        cache: Tensor,
+        h: Tensor,
     ) -> None:
         """h += attention(x)"""
         c, n = self.config, batch.n_decode
@@ -72,9 +80,8 @@ class Model:
         up = layer.w_uk, layer.w_uv
         if n:
             mla_decode(q[:n], *up, cache, batch.block_table, mask, c.softmax_scale, out[:n])
-        for chunk in batch.prefill:
-            rows = slice(chunk.start, chunk.start + chunk.rows)
-            mla_prefill(q[rows], *up, cache, chunk.pages, chunk.context, c.softmax_scale, out[rows])
+        if prefill is not None:
+            mla_prefill(q[n:], *up, cache, prefill, c.softmax_scale, out[n:])
         h.addmm_(out.view(len(x), -1), layer.o)
         if layer.o_bias is not None:
             h += layer.o_bias
@@ -104,3 +111,10 @@ def _decode_mask(batch: Batch) -> Tensor:
     places = torch.arange(batch.block_table.shape[1] * PAGE)
     mask = torch.zeros(batch.n_decode, len(places))
     return mask.masked_fill_(places >= batch.context.unsqueeze(1), -torch.inf).unsqueeze(1)
+
+
+def _prefill_plan(batch: Batch) -> PrefillPlan | None:
+    chunks = batch.prefill
+    if not chunks:
+        return None
+    return PrefillPlan.of([c.rows for c in chunks], [c.context for c in chunks], [c.pages for c in chunks])

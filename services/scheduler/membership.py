@@ -43,10 +43,10 @@ class Members(Generic[B]):
         return member is not None and member.beat.boot_id == boot_id
 
     def heard(self, beat: B, now: float) -> News:
-        """What this heartbeat tells: another boot id under a known id means that the earlier life is dead."""
-        if beat.boot_id in self._former:
-            return "stale"
+        """What this heartbeat tells: a later boot id under a known id means that the earlier life is dead."""
         known = self._members.get(beat.id)
+        if beat.boot_id in self._former or (known and beat.boot_id < known.beat.boot_id):
+            return "stale"
         self._members[beat.id] = Member(beat, now)
         if known is None:
             return "joined"
