@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 serve: install
 	@honcho run python -m common.supervisor --check
-	@exec honcho start -c expert_shard=$(SHARDS),gpu_worker=$(WORKERS)
+	@exec python -m common.serve expert_shard=$(SHARDS),gpu_worker=$(WORKERS)
 
 test: install
 	ruff check .
@@ -29,7 +29,10 @@ lint: install
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Moecule needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): a minute or two"
 	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRITON)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@

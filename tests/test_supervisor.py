@@ -18,6 +18,7 @@ import pytest
 
 from common.lines import ready_line
 from common.nats_bus import NatsBus
+from common.serve import lines_of
 from common.settings import Settings
 from common.supervisor import restart_delay
 from tests.conftest import REPO
@@ -250,6 +251,24 @@ def test_lines_end_when_honcho_is_killed(family: Family):
     until(lambda: family.pids("-m toy") != [])
     honcho.kill()
     until(lambda: family.pids("toy") == [])
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.3, 0.5])
+def test_serve_that_is_stopped_while_it_starts_leaves_nothing(family: Family, seconds: float):
+    (family.folder / "Procfile").write_text("".join(f"{name}: exec python -m toy\n" for name in "abcdef"))
+    serve = subprocess.Popen(
+        [sys.executable, "-m", "common.serve", "a=2,b=0"], cwd=family.folder, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env=family.environment(PYTHONPATH=f"{REPO}:{family.folder}"),
+    )  # fmt: skip
+    time.sleep(seconds)
+    serve.send_signal(signal.SIGINT)
+    assert serve.wait(8) in (130, -signal.SIGINT)  # the latter before it held signals back, and started anything
+    until(lambda: family.pids() == [])
+
+
+def test_serve_counts_the_lines_of_a_formation(tmp_path: Path):
+    (tmp_path / "Procfile").write_text("nats: x\nshard: y\nworker: z\n")
+    assert lines_of("shard=4,worker=0", tmp_path / "Procfile") == 5 and lines_of("", tmp_path / "Procfile") == 3
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.4])

@@ -1,0 +1,66 @@
+"""What `make serve` runs: `honcho start` with the arguments given, and Ctrl-C held back until all its lines run.
+
+honcho 2.0 that is signalled while it still starts its lines fails over one whose pid it has not been told, and leaves
+the others running.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+LONGEST_START_SECONDS = 5.0
+SETTLE_SECONDS = 0.3  # from a line's start to honcho's knowing its pid
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def lines_run(honcho: int, lines: int) -> bool:
+    """honcho starts a process for each line, and that the line itself."""
+    return sum(bool(children(child)) for child in children(honcho)) >= lines
+
+
+def lines_of(formation: str, procfile: Path) -> int:
+    """How many processes `honcho start -c formation` starts."""
+    names = [line.partition(":")[0] for line in procfile.read_text().splitlines() if ":" in line]
+    wanted = dict(part.split("=") for part in formation.split(",") if part)
+    return sum(int(wanted.get(name, 1)) for name in names)
+
+
+def _as_child() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: honcho ends with us
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS | {signal.SIGCHLD})
+
+
+def main(formation: str) -> int:
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS | {signal.SIGCHLD})
+    honcho = subprocess.Popen(
+        [sys.executable, "-m", "honcho", "start", "-c", formation],
+        start_new_session=True,
+        preexec_fn=_as_child,
+    )
+    lines, began = lines_of(formation, Path("Procfile")), time.monotonic()
+    while honcho.poll() is None and not lines_run(honcho.pid, lines):
+        if time.monotonic() - began > LONGEST_START_SECONDS:
+            break
+        time.sleep(0.02)
+    time.sleep(SETTLE_SECONDS)
+    while honcho.poll() is None:
+        told = signal.sigtimedwait(SIGNALS | {signal.SIGCHLD}, 1.0)
+        if told is not None and told.si_signo != signal.SIGCHLD:
+            honcho.send_signal(told.si_signo if told.si_signo != signal.SIGHUP else signal.SIGTERM)
+    return honcho.returncode if honcho.returncode >= 0 else 128 - honcho.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ""))
