@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from kernels.quant.naive import Fp8Rows
 
@@ -17,6 +18,18 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2, tor
 
 either_device = pytest.mark.gpu if DEVICE == "cuda" else (lambda test: test)
 """Marks a test that runs interpreted in `make test` and compiled with `pytest -m gpu`."""
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor_and_its_index(tensor: type, scope: interpreter._LangPatchScope) -> None:
+    """The interpreter's scalars are arrays of one element, which numpy 2.5 no longer takes for an integer: a loop over
+    range(0, tl.load(...)) needs this."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patch_tensor_and_its_index
 
 
 def error_ratio(got: Tensor, want: Tensor) -> float:

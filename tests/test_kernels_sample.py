@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.sample import SampleParams, logprobs, sample
+from kernels.sample import PROMPT, Logprobs, Penalties, SampleParams, logprobs, sample
 from kernels.sample.naive import gumbel
 
 
@@ -24,7 +25,7 @@ def params(rows: int, **fields: float | list[float]) -> SampleParams:
     )
 
 
-def draw(logits: Tensor, given_params: SampleParams | None, **more: tuple[Tensor, Tensor]) -> list[int]:
+def draw(logits: Tensor, given_params: SampleParams | None, **more: Any) -> list[int]:
     out = torch.full((len(logits),), -1)
     before = logits.clone()
     sample(logits, given_params, out, **more)
@@ -165,3 +166,48 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     assert top_ids[0].tolist() == [0, 1] and top_ids[1, 0] == 2
     assert top[0].tolist() == pytest.approx(want[0, :2].tolist(), rel=1e-5)
     assert logprobs(logits, torch.tensor([0, 0]), 0)[2].shape == (2, 0)
+
+
+def test_penalties_weigh_what_was_seen_and_count_what_is_sampled() -> None:
+    logits = torch.tensor([[3.0, 2.9, -1.0, -1.1], [3.0, 2.9, -1.0, -1.1]])
+
+    def best(presence: float, frequency: float, repetition: float, counts: list[int]) -> int:
+        table = torch.tensor([counts, [0] * 4], dtype=torch.int32)
+        fields = (torch.full((2,), value) for value in (presence, frequency, repetition))
+        before = table.clone()
+        first, other = draw(logits, None, penalties=Penalties(*fields, table, torch.tensor([0, -1])))
+        before[0, first] += 1
+        assert other == 0 and table.equal(before)
+        return first
+
+    assert best(0.0, 0.0, 1.0, [9, 0, 0, 0]) == 0
+    assert best(0.2, 0.0, 1.0, [1, 0, 0, 0]) == 1
+    assert best(0.0, 0.04, 1.0, [2, 0, 0, 0]) == 0
+    assert best(0.0, 0.04, 1.0, [3, 0, 0, 0]) == 1
+    assert best(0.2, 0.2, 1.0, [PROMPT, 0, 0, 0]) == 0  # only the output counts
+    assert best(0.0, 0.0, 1.1, [PROMPT, 0, 0, 0]) == 1
+    assert best(0.0, 0.0, 9.0, [PROMPT, 1, PROMPT, 0]) == 0  # 0.33 beats -1.1: what is negative is multiplied
+
+
+@pytest.mark.parametrize("limits", [dict(temperature=0.0), dict(), dict(top_p=0.5), dict(top_k=40)], ids=str)
+def test_a_mask_leaves_its_bits(limits: dict[str, float]) -> None:
+    mask = torch.zeros(3, 3, dtype=torch.int32)
+    mask[0, 0], mask[1, 1], mask[2, 2] = 1 << 5, -(1 << 31), 3
+    tokens = draw(torch.randn(3, 66), params(3, **limits), mask=mask)
+    assert tokens[:2] == [5, 63] and tokens[2] in (64, 65)
+
+
+@pytest.mark.parametrize("filters", [dict(top_k=2), dict(top_p=0.4)], ids=str)
+def test_equal_tokens_stay_together(filters: dict[str, float]) -> None:
+    logits = torch.tensor([3.0, 1.0, 2.9, 2.9, 2.9, 0.0])
+    tokens = draw(logits.expand(2000, 6), params(2000, position=list(range(2000)), **filters))
+    assert set(tokens) == {0, 2, 3, 4}
+
+
+def test_logprobs_of_the_rows_that_want_them() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 5.0], [1.0, 2.0, 0.0]])
+    logs = Logprobs(torch.tensor([1, -1, 0]), torch.empty(3), torch.empty(3, 2, dtype=torch.int64), torch.empty(3, 2))
+    tokens = draw(logits, params(3, temperature=0.5), banned=(torch.tensor([0, -1]), torch.tensor([0, 2])), logs=logs)
+    want = logits.log_softmax(-1)
+    assert logs.chosen[[0, 2]].tolist() == pytest.approx([want[0, tokens[0]].item(), want[2, tokens[2]].item()])
+    assert logs.ids[0, 0] == 0 and logs.values[0, 0].item() == pytest.approx(want[0, 0].item())

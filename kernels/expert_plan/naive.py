@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CHUNK = 1024  # pairs that one program of the Triton version sorts, where there are many
+
 
 @dataclass(frozen=True)
 class ExpertPlan:
@@ -20,6 +22,7 @@ class ExpertPlan:
     blocks: Tensor  # int32 [most_blocks, 3]: slot of the expert, first place, rows in 1..block_rows
     counts: Tensor  # int32 [2]: how many blocks, how many placed pairs
     block_rows: int
+    scratch: Tensor  # int32 [chunks + 1, held]: each chunk's pairs of each expert, of the Triton version
 
     @staticmethod
     def most_blocks(tokens: int, topk: int, held: int, block_rows: int) -> int:
@@ -32,8 +35,9 @@ class ExpertPlan:
         def indices(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=torch.int32, device=device)
 
-        blocks = ExpertPlan.most_blocks(tokens, topk, held, block_rows)
-        return ExpertPlan(indices(tokens * topk), indices(tokens, topk), indices(blocks, 3), indices(2), block_rows)
+        pairs, blocks = tokens * topk, ExpertPlan.most_blocks(tokens, topk, held, block_rows)
+        scratch = indices(-(-pairs // CHUNK) + 1, held)
+        return ExpertPlan(indices(pairs), indices(tokens, topk), indices(blocks, 3), indices(2), block_rows, scratch)
 
 
 def plan_experts(

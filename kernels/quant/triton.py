@@ -17,10 +17,10 @@ def quantise_groups(x, dtype: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.conste
 
 
 @triton.jit
-def _quantise_rows(x, data, scale, width, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_rows(x, data, scale, width, stride, GROUP: tl.constexpr, BLOCK: tl.constexpr):
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+    values = tl.load(x + row * stride + at, mask=at < width, other=0.0).to(tl.float32)
     coded, scales = quantise_groups(values, data.dtype.element_ty, BLOCK, GROUP)
     tl.store(data + row * width + at, coded, mask=at < width)
     groups = part * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
@@ -31,4 +31,6 @@ def quantise_rows(x: Tensor, out: Fp8Rows) -> None:
     rows, width = x.shape
     block = min(1024, triton.next_power_of_2(width))
     if rows:
-        _quantise_rows[(rows, triton.cdiv(width, block))](x, out.data, out.scale, width, GROUP, block, num_warps=4)
+        _quantise_rows[(rows, triton.cdiv(width, block))](
+            x, out.data, out.scale, width, x.stride(0), GROUP, block, num_warps=4
+        )

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import torch
+
+from benchmarks.kernels import KernelCase, Launch
+from kernels.combine_norm.naive import SlotRows
+from kernels.combine_norm.triton import combine_norm
+from kernels.quant.naive import Fp8Rows
+
+SETS = 8  # activations are warm in the engine too: a few sets only keep the graph from being one launch
+
+
+def case(name: str, tokens: int, hidden: int, topk: int, quantised: bool) -> KernelCase:
+    def make(tile: dict | None) -> list[Launch]:
+        def one() -> Launch:
+            x, part = torch.randn(2, tokens, hidden, device="cuda").bfloat16()
+            rows = torch.randn(tokens * topk, hidden, device="cuda").bfloat16()
+            slots = torch.randperm(tokens * topk, device="cuda").view(tokens, topk).int()
+            weight = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
+            out = Fp8Rows.empty(tokens, hidden, "cuda") if quantised else torch.empty_like(x)
+            return lambda: combine_norm(x, (part, SlotRows(rows, slots)), weight, 1e-6, out)
+
+        return [one() for _ in range(SETS)]
+
+    moved = tokens * hidden * (2 * (3 + topk) + (1 if quantised else 2))
+    return KernelCase("combine_norm", f"{name}, {tokens} tokens", make, bytes=moved)
+
+
+def cases() -> list[KernelCase]:
+    return [
+        case(name, tokens, hidden, topk, quantised)
+        for name, hidden, topk, quantised in (("R1, fp8 out", 7168, 8, True), ("V2-Lite", 2048, 6, False))
+        for tokens in (1, 16, 64, 4096)
+    ]

@@ -1,0 +1,72 @@
+"""Finds the fastest tile of a case and keeps it in the room's tiles.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from triton.runtime._async_compile import AsyncCompileMode
+
+from benchmarks.kernels import KernelCase
+from benchmarks.kernels.timing import microseconds
+from kernels import target
+
+KERNELS = Path(target.__file__).parent
+
+
+def compile_all(case: KernelCase, tiles: list[dict]) -> None:
+    """Fill Triton's cache for these tiles with all cores at once; nothing is launched. Failures show when measured."""
+    launch = triton.JITFunction.run
+
+    def only_compile(self, *args, grid, warmup, **kwargs):
+        return launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+    triton.JITFunction.run = only_compile
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for tile in tiles:
+                try:
+                    case.make(tile)[0]()
+                except Exception:
+                    continue
+    finally:
+        triton.JITFunction.run = launch
+
+
+def tune(case: KernelCase, progress: Callable[[str], None]) -> None:
+    """Measure `case.tiles()` and write the fastest under `case.tuned`."""
+    assert case.tuned is not None
+    tiles = [*case.tiles()]
+    compile_all(case, tiles)
+    found: list[tuple[float, dict]] = []
+    for tile in tiles:
+        try:
+            us = microseconds({"tile": case.make(tile)}, rounds=3)["tile"]
+        except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError, RuntimeError) as error:
+            progress(f"    {tile}: {type(error).__name__} {str(error).strip()[:80]}")
+            continue
+        found.append((us, tile))
+    found.sort(key=lambda pair: pair[0])
+    for us, tile in found[:4] + found[-1:]:
+        progress(f"    {us:9.2f} us  {tile}")
+    if found:
+        keep(case.tuned, found[0][1])
+
+
+def keep(where: tuple[str, str, int], tile: dict) -> None:
+    room, shape, bucket = where
+    path = KERNELS / room / "tiles.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
+    device = table.setdefault(triton.__version__, {}).setdefault(torch.cuda.get_device_name(), {})
+    device.setdefault(shape, {})[str(bucket)] = tile
+    for entry in device.values():  # buckets in the order of their size
+        ordered = sorted(entry.items(), key=lambda item: int(item[0]))
+        entry.clear()
+        entry.update(ordered)
+    path.write_text(json.dumps(table, indent=1, sort_keys=False) + "\n")
+    target._table.cache_clear()
