@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kernels.combine_norm import combine_norm
 from kernels.experts import experts, slot_table
-from kernels.mla_decode import mla_decode
-from kernels.mla_prefill import mla_prefill
+from kernels.mla_decode import mla_decode, plan_decode
+from kernels.mla_prefill import PrefillPlan, mla_prefill
 from kernels.route import Routing, route
 
 
@@ -147,9 +147,8 @@ def test_decode_attends_to_each_context_and_no_further(mla: dict[str, Tensor]) -
     q, w_uk, w_uv, cache = mla.values()
     table, contexts = torch.tensor([[4, 0, 0], [2, 7, 1], [5, 3, 0]]), [64, 130, 65]
     lengths = torch.tensor(contexts)
-    mask = torch.zeros(3, 192).masked_fill_(torch.arange(192) >= lengths[:, None], -torch.inf)[:, None]
     out = torch.full((3, 3, 5), torch.nan)
-    mla_decode(q[:3], w_uk, w_uv, cache, table, mask, 0.3, out)
+    mla_decode(q[:3], w_uk, w_uv, cache, table, lengths, plan_decode(lengths, 3), 0.3, out)
     for i, length in enumerate(contexts):
         rows = cache[table[i]].flatten(0, 1)[:length]
         assert error_ratio(out[i], attention(q[i], rows, w_uk, w_uv, 0.3)) < 1e-5
@@ -160,7 +159,7 @@ def test_prefill_is_causal(mla: dict[str, Tensor], rows: int, context: int) -> N
     q, w_uk, w_uv, cache = mla.values()
     pages = torch.tensor([8, 0, 3])[: -(-context // 64)]
     out = torch.full((rows, 3, 5), torch.nan)
-    mla_prefill(q[:rows], w_uk, w_uv, cache, pages, context, 0.3, out)
+    mla_prefill(q[:rows], w_uk, w_uv, cache, PrefillPlan.of([rows], [context], [pages]), 0.3, out)
     held = cache[pages].flatten(0, 1)
     want = [attention(q[i], held[: context - rows + 1 + i], w_uk, w_uv, 0.3) for i in range(rows)]
     assert error_ratio(out, torch.stack(want)) < 1e-5

@@ -1,5 +1,37 @@
-"""Latent attention of one new token a sequence over the paged cache."""
+"""Latent attention of the new tokens of each sequence over the paged cache."""
 
-from kernels.mla_decode.naive import mla_decode
+from __future__ import annotations
 
-__all__ = ["mla_decode"]
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kernels.latent_cache import Fp8Latent
+from kernels.mla_decode import naive
+from kernels.mla_decode.naive import DecodeMask, plan_decode
+
+if TYPE_CHECKING:
+    from kernels.mla_decode.plan import DecodePlan
+
+__all__ = ["DecodeMask", "mla_decode", "plan_decode"]
+
+
+def mla_decode(
+    q: Tensor,  # [n, heads, nope + rope]
+    w_uk: Tensor,  # [heads, nope, kv_lora]
+    w_uv: Tensor,  # [heads, kv_lora, v_dim]
+    cache: Tensor | Fp8Latent,  # [pages, PAGE, kv_lora + rope]
+    block_table: Tensor,  # [n, max_pages], int32 on a GPU; entries past a context are any valid page
+    context: Tensor,  # [n], lengths with the new token, int32 on a GPU
+    step: DecodeMask | DecodePlan,  # of these contexts: `plan_decode`'s, on a GPU that of kernels.mla_decode.triton
+    scale: float,
+    out: Tensor,  # [n, heads, v_dim]
+) -> None:
+    """out = softmax(scale * (q_nope W_uk . latent + q_rope . key)) latent W_uv"""
+    if isinstance(step, DecodeMask):
+        assert isinstance(cache, Tensor)
+        naive.mla_decode(q, w_uk, w_uv, cache, block_table, step, scale, out)
+    else:
+        from kernels.mla_decode import triton
+
+        triton.mla_decode(q, w_uk, w_uv, cache, block_table, context, step, scale, out)

@@ -12,24 +12,31 @@ from kernels.mla_prefill.plan import PrefillPlan
 
 
 @triton.jit
-def locate(place, cu_rows, contexts, cu_contexts, heads, chunks, most_blocks, SWEEP: tl.constexpr, BM: tl.constexpr):
+def locate(place, cu_rows, contexts, cu_contexts, heads, chunks, most_blocks, sweep, BM: tl.constexpr):
     """Place in the order of work -> (head, the block's first row, rows left in the chunk from there, how many keys that
     row sees, how many its last row sees or 0 if there is no such block, the context's first row of keys).
 
-    SWEEP heads are taken at a time, as many as the L2 holds keys and values of; within them the longest blocks first,
+    `sweep` heads are taken at a time, as many as the L2 holds keys and values of; within them the longest blocks first,
     so that the short ones fill the end.
     """
-    sweep = place // (SWEEP * chunks * most_blocks)
-    place = place % (SWEEP * chunks * most_blocks)
-    head = sweep * SWEEP + place % SWEEP
-    chunk = place // SWEEP % chunks
-    block = most_blocks - 1 - place // (SWEEP * chunks)
+    before = place // (sweep * chunks * most_blocks)
+    place = place % (sweep * chunks * most_blocks)
+    head = before * sweep + place % sweep
+    chunk = place // sweep % chunks
+    block = most_blocks - 1 - place // (sweep * chunks)
     first = tl.load(cu_rows + chunk)
     left = tl.load(cu_rows + chunk + 1) - first - block * BM
     context = tl.load(contexts + chunk)
     sees = context - left + 1
     end = tl.minimum(context, sees + BM - 1)
-    return head, first + block * BM, left, sees, tl.where((left > 0) & (head < heads), end, 0), tl.load(cu_contexts + chunk)
+    return (
+        head,
+        first + block * BM,
+        left,
+        sees,
+        tl.where((left > 0) & (head < heads), end, 0),
+        tl.load(cu_contexts + chunk),
+    )
 
 
 @triton.jit
@@ -42,14 +49,15 @@ def _columns(base, rows, row_stride, inside, WIDTH: tl.constexpr, PADDED: tl.con
     return tl.load(pointers, mask=inside[:, None] & (at < WIDTH)[None, :], other=0.0)
 
 
-@triton.jit
+# What varies from step to step must not make it compile anew.
+@triton.jit(do_not_specialize=["chunks", "most_blocks", "sweep"])
 def _attend(
-    q, kv, rope, out, cu_rows, contexts, cu_contexts, scale, q_row, kv_row, out_row, heads, chunks, most_blocks,
+    q, kv, rope, out, cu_rows, contexts, cu_contexts, scale, q_row, kv_row, out_row, heads, chunks, most_blocks, sweep,
     NOPE: tl.constexpr, ROPE: tl.constexpr, V_DIM: tl.constexpr, NOPE_PAD: tl.constexpr, V_PAD: tl.constexpr,
-    SWEEP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     head, row, left, sees, end, base = locate(
-        tl.program_id(0), cu_rows, contexts, cu_contexts, heads, chunks, most_blocks, SWEEP, BM
+        tl.program_id(0), cu_rows, contexts, cu_contexts, heads, chunks, most_blocks, sweep, BM
     )
     if end == 0:
         return
@@ -95,7 +103,7 @@ def attend(
     grid = triton.cdiv(heads, tile["sweep"]) * tile["sweep"] * chunks * most_blocks
     _attend[(grid,)](
         q, kv, rope, out, plan.cu_rows, plan.contexts, plan.cu_contexts, scale,
-        q.stride(0), kv.stride(0), out.stride(0), heads, chunks, most_blocks,
+        q.stride(0), kv.stride(0), out.stride(0), heads, chunks, most_blocks, tile["sweep"],
         nope, rope.shape[1], v_dim, triton.next_power_of_2(nope), triton.next_power_of_2(v_dim),
-        tile["sweep"], bm, tile["BN"], num_warps=tile["warps"], num_stages=tile["stages"],
+        bm, tile["BN"], num_warps=tile["warps"], num_stages=tile["stages"],
     )  # fmt: skip

@@ -23,13 +23,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
-from kernels.mla_prefill import attention
+from kernels.mla_prefill.attention import locate
 from kernels.mla_prefill.plan import PrefillPlan
 from kernels.target import current
 
 BM = 128  # rows of a block, two warpgroups' worth
 _ROWS = gl.constexpr(64)  # of a warpgroup
-_locate = gluon.jit(attention.locate.fn)
+_locate = gluon.jit(locate.fn)
 
 
 @aggregate
@@ -42,21 +42,21 @@ class Work:
     heads: gl.tensor
     chunks: gl.tensor
     most_blocks: gl.tensor
-    SWEEP: gl.constexpr
+    sweep: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, cu_rows, contexts, cu_contexts, heads, chunks, most_blocks, SWEEP):
+    def __init__(self, cu_rows, contexts, cu_contexts, heads, chunks, most_blocks, sweep):
         self.cu_rows = cu_rows
         self.contexts = contexts
         self.cu_contexts = cu_contexts
         self.heads = heads
         self.chunks = chunks
         self.most_blocks = most_blocks
-        self.SWEEP = gl.constexpr(SWEEP)
+        self.sweep = sweep
 
     @gluon.jit
     def places(self):
-        return gl.cdiv(self.heads, self.SWEEP) * self.SWEEP * self.chunks * self.most_blocks
+        return gl.cdiv(self.heads, self.sweep) * self.sweep * self.chunks * self.most_blocks
 
     @gluon.jit
     def block(self, turn):
@@ -67,7 +67,7 @@ class Work:
         inside = place < self.places()
         head, row, left, sees, end, base = _locate(
             gl.where(inside, place, 0), self.cu_rows, self.contexts, self.cu_contexts,
-            self.heads, self.chunks, self.most_blocks, self.SWEEP, 2 * _ROWS,
+            self.heads, self.chunks, self.most_blocks, self.sweep, 2 * _ROWS,
         )  # fmt: skip
         return head, row, left, sees, gl.where(inside, end, 0), base
 
@@ -104,6 +104,11 @@ class Shared:
 
 
 @gluon.jit
+def _buffers(box, COUNT: gl.constexpr):
+    return gl.allocate_shared_memory(box.dtype, [COUNT] + box.block_shape, box.layout)  # noqa: RUF005
+
+
+@gluon.jit
 def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
@@ -123,7 +128,7 @@ def _fetch(work, s, q_nope, q_rope, k_nope, k_rope, v):
     used = 0  # buffers of keys, and as many of values
     blocks = 0
     for turn in range(gl.cdiv(work.places(), gl.num_programs(0))):
-        head, row, left, sees, end, base = work.block(turn)
+        head, row, _left, _sees, end, base = work.block(turn)
         if end > 0:
             mbarrier.wait(s.q_empty.index(0), (blocks + 1) & 1)
             mbarrier.expect(s.q_full.index(0), 2 * _ROWS * (NOPE + ROPE) * BYTES)
@@ -163,10 +168,11 @@ def _scores(s, used, HALF: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _add_values(s, used, p, acc):
-    """Starts acc + p v."""
+def _add_values(s, used, p, acc, shrink):
+    """Starts acc * shrink + p v."""
     STAGES: gl.constexpr = s.v.shape[0]
     slot = used % STAGES
+    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
     mbarrier.wait(s.v_full.index(slot), used // STAGES & 1)
     return warpgroup_mma(p, s.v.index(slot), warpgroup_mma_init(acc), is_async=True)
 
@@ -184,30 +190,31 @@ def _softmax(scores, most, total, sees, scale, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def _pin(total):
+def _after(total):
+    """Keeps what follows behind the computation of `total`, which is never negative: a warp-wide barrier of the threads
+    whose total is not. ptxas would else move the exponentials behind the wait that they are to be hidden in."""
     return gl.inline_asm_elementwise(
-        "{ .reg .pred never; setp.lt.f32 never, $1, 0f00000000; @never fence.proxy.async.shared::cta; mov.b32 $0, $1; }", "=f,f", [total],
-        dtype=gl.float32, is_pure=False, pack=1,
+        "{ .reg .pred no; .reg .b32 all; setp.lt.f32 no, $1, 0f00000000; selp.b32 all, 0, -1, no; bar.warp.sync all; "
+        "mov.b32 $0, $1; }",
+        "=f,f", [total], dtype=gl.float32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
-def _step(s, used, p, acc, most, total, sees, scale, HALF: gl.constexpr, MASKED: gl.constexpr, LAYOUT: gl.constexpr):
-    """Adds the values that p weighs, and finds the weights of the keys after them."""
+def _step(
+    s, used, p, shrink, acc, most, total, sees, scale, HALF: gl.constexpr, MASKED: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Adds the values that p weighs to the shrunk sums, and finds the weights of the keys after them."""
     STAGES: gl.constexpr = s.v.shape[0]
     scores = _scores(s, used + 1, HALF, LAYOUT)
-    acc = _add_values(s, used, p, acc)
+    acc = _add_values(s, used, p, acc, shrink)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     mbarrier.arrive(s.k_empty.index((used + 1) % STAGES))
     weights, shrink, most, total = _softmax(scores, most, total, sees, scale, MASKED)
-    # Rounded only now: the product in flight still reads p's registers, and these take their place. Passing the weights
-    # through the wait keeps the exponentials before it.
-    total = _pin(total)
+    total = _after(total)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    weights = gl.convert_layout(weights.to(p.dtype), p.type.layout)
     mbarrier.arrive(s.v_empty.index(used % STAGES))
-    acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return weights, acc, most, total
+    return gl.convert_layout(weights.to(p.dtype), p.type.layout), shrink, acc, most, total
 
 
 @gluon.jit
@@ -216,56 +223,60 @@ def _multiply(work, s, out, out_row, scale, HALF: gl.constexpr):
     STAGES: gl.constexpr = s.v.shape[0]
     BN: gl.constexpr = s.v.shape[1]
     V_DIM: gl.constexpr = s.v.shape[2]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_DIM, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    row_of_score = gl.arange(0, _ROWS, gl.SliceLayout(1, S)) + HALF * _ROWS
-    line = gl.arange(0, _ROWS, gl.SliceLayout(1, O)) + HALF * _ROWS
-    column = gl.arange(0, V_DIM, gl.SliceLayout(0, O))
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_DIM, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    row_of_score = gl.arange(0, _ROWS, gl.SliceLayout(1, SCORES)) + HALF * _ROWS
+    line = gl.arange(0, _ROWS, gl.SliceLayout(1, SUMS)) + HALF * _ROWS
+    column = gl.arange(0, V_DIM, gl.SliceLayout(0, SUMS))
     used = 0
     blocks = 0
     for turn in range(gl.cdiv(work.places(), gl.num_programs(0))):
-        head, row, left, first_sees, end, base = work.block(turn)
+        head, row, left, first_sees, end, _base = work.block(turn)
         if end > 0:
             sees = first_sees + row_of_score
-            acc = gl.zeros([_ROWS, V_DIM], gl.float32, O)
-            most = gl.full([_ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S))
-            total = gl.full([_ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+            acc = gl.zeros([_ROWS, V_DIM], gl.float32, SUMS)
+            most = gl.full([_ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
+            total = gl.full([_ROWS], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
             mbarrier.wait(s.q_full.index(0), blocks & 1)
-            scores = warpgroup_mma_wait(0, deps=(_scores(s, used, HALF, S),))
+            scores = warpgroup_mma_wait(0, deps=(_scores(s, used, HALF, SCORES),))
             mbarrier.arrive(s.k_empty.index(used % STAGES))
             p, shrink, most, total = _softmax(scores, most, total, sees, scale, True)
-            p = gl.convert_layout(p.to(s.v.dtype), P)
+            p = gl.convert_layout(p.to(s.v.dtype), WEIGHTS)
             unmasked = gl.maximum(first_sees // BN * BN, BN)
-            for key in range(BN, unmasked, BN):
-                p, acc, most, total = _step(s, used, p, acc, most, total, sees, scale, HALF, False, S)
+            for _ in range(BN, unmasked, BN):
+                p, shrink, acc, most, total = _step(
+                    s, used, p, shrink, acc, most, total, sees, scale, HALF, False, SCORES
+                )
                 used += 1
             for key in range(unmasked, end, BN):
-                p, acc, most, total = _step(s, used, p, acc, most, total, sees - key, scale, HALF, True, S)
+                p, shrink, acc, most, total = _step(
+                    s, used, p, shrink, acc, most, total, sees - key, scale, HALF, True, SCORES
+                )
                 used += 1
             mbarrier.arrive(s.q_empty.index(0))
-            acc = warpgroup_mma_wait(0, deps=(_add_values(s, used, p, acc),))
+            acc = warpgroup_mma_wait(0, deps=(_add_values(s, used, p, acc, shrink),))
             mbarrier.arrive(s.v_empty.index(used % STAGES))
             used += 1
             blocks += 1
-            acc = acc / gl.convert_layout(total, gl.SliceLayout(1, O))[:, None]
+            acc = acc / gl.convert_layout(total, gl.SliceLayout(1, SUMS))[:, None]
             pointers = out + (row + line).to(gl.int64)[:, None] * out_row + head * V_DIM + column[None, :]
             gl.store(pointers, acc.to(s.v.dtype), mask=(line < left)[:, None])
 
 
-@gluon.jit(do_not_specialize=["heads", "chunks", "most_blocks"])
+# What varies from step to step must not make it compile anew; nor may a 1 become a constant, which Work does not take.
+@gluon.jit(do_not_specialize=["heads", "chunks", "most_blocks", "sweep"])
 def _attend(
     q_nope, q_rope, k_nope, k_rope, v, out, cu_rows, contexts, cu_contexts, out_row, scale,
-    heads, chunks, most_blocks, SWEEP: gl.constexpr, STAGES: gl.constexpr,
+    heads, chunks, most_blocks, sweep, STAGES: gl.constexpr,
 ):  # fmt: skip
-    dtype: gl.constexpr = v.dtype
-    work = Work(cu_rows, contexts, cu_contexts, heads, chunks, most_blocks, SWEEP)
+    work = Work(cu_rows, contexts, cu_contexts, heads, chunks, most_blocks, sweep)
     s = Shared(
-        gl.allocate_shared_memory(dtype, [2] + q_nope.block_shape, q_nope.layout),
-        gl.allocate_shared_memory(dtype, [2] + q_rope.block_shape, q_rope.layout),
-        gl.allocate_shared_memory(dtype, [STAGES] + k_nope.block_shape, k_nope.layout),
-        gl.allocate_shared_memory(dtype, [STAGES] + k_rope.block_shape, k_rope.layout),
-        gl.allocate_shared_memory(dtype, [STAGES] + v.block_shape, v.layout),
+        _buffers(q_nope, 2),
+        _buffers(q_rope, 2),
+        _buffers(k_nope, STAGES),
+        _buffers(k_rope, STAGES),
+        _buffers(v, STAGES),
         _barriers(1, 1), _barriers(1, 2), _barriers(STAGES, 1), _barriers(STAGES, 2), _barriers(STAGES, 1),
         _barriers(STAGES, 2),
     )  # fmt: skip
@@ -278,12 +289,6 @@ def _attend(
         [4, 1],
         [240, 24],
     )
-
-
-def fits(q: Tensor, kv: Tensor, rope: Tensor, v_dim: int) -> bool:
-    """Whether widths are such that a box of the TMA holds just them."""
-    nope = kv.shape[2] - v_dim
-    return q.dtype.itemsize == 2 and all(n & (n - 1) == 0 and n >= 16 for n in (nope, rope.shape[1], v_dim))
 
 
 def _boxes(x: Tensor, rows: int, columns: int) -> TensorDescriptor:

@@ -37,6 +37,7 @@ def _one_chunk(q: Tensor, w_uk: Tensor, w_uv: Tensor, held: Tensor, scale: float
     latent = held[:, :kv_lora]
     keys = torch.cat((torch.matmul(w_uk, latent.T), held[:, kv_lora:].T.expand(heads, -1, -1)), 1)  # [heads, n+r, L]
     values = torch.matmul(latent, w_uv)  # [heads, L, v_dim]
-    hidden = torch.ones(rows, context, dtype=torch.bool).triu_(context - rows + 1)  # the future of each row
+    hidden = torch.ones(rows, context, dtype=torch.bool, device=q.device)
+    hidden.triu_(context - rows + 1)  # the future of each row
     scores = torch.bmm(q.transpose(0, 1), keys).mul_(scale).masked_fill_(hidden, -torch.inf)  # [heads, R, L]
     out.copy_(torch.bmm(scores.softmax(2), values).transpose(0, 1))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.pages import PAGE
 from kernels.latent_cache import Fp8Latent
-from kernels.mla_prefill import attention
+from kernels.mla_prefill.attention import attend as attend_anywhere
 from kernels.mla_prefill.plan import PrefillPlan, PrefillScratch
 from kernels.quant.naive import GROUP
 from kernels.target import INTERPRETED, current, measured_tile
@@ -18,7 +18,8 @@ from kernels.target import INTERPRETED, current, measured_tile
 SWEPT = 65536  # tokens times heads whose keys and values (512 bytes in the published models) the L2 holds: 32 MB
 
 
-@triton.jit
+# What varies from step to step must not make it compile anew.
+@triton.jit(do_not_specialize=["tokens", "chunks", "table_row"])
 def _gather(
     latent, scale, turned, block_table, cu_contexts, latent_out, rope_out, tokens, chunks,
     latent_page, scale_page, turned_page, latent_row, scale_row, turned_row, table_row,
@@ -36,15 +37,16 @@ def _gather(
     page = tl.load(block_table + chunk * table_row + at // PAGE, mask=real, other=0).to(tl.int64)[:, None]
     line = (at % PAGE)[:, None]
     column = tl.arange(0, KV_LORA)[None, :]
-    values = tl.load(latent + page * latent_page + line * latent_row + column, mask=real[:, None], other=0.0)
+    values = tl.load(latent + page * latent_page + line * latent_row + column, mask=real[:, None]).to(tl.float32)
     if SCALED:
         scales = scale + page * scale_page + line * scale_row + column // GROUP
-        values = values.to(tl.float32) * tl.load(scales, mask=real[:, None], other=0.0)
+        values *= tl.load(scales, mask=real[:, None], other=0.0)
+    values = tl.where(real[:, None], values, 0.0)
     t = t.to(tl.int64)[:, None]
     tl.store(latent_out + t * KV_LORA + column, values, mask=t < tokens)
     column = tl.arange(0, ROPE)[None, :]
-    values = tl.load(turned + page * turned_page + line * turned_row + column, mask=real[:, None], other=0.0)
-    tl.store(rope_out + t * ROPE + column, values, mask=t < tokens)
+    values = tl.load(turned + page * turned_page + line * turned_row + column, mask=real[:, None]).to(tl.float32)
+    tl.store(rope_out + t * ROPE + column, tl.where(real[:, None], values, 0.0), mask=t < tokens)
 
 
 def gather(cache: Tensor | Fp8Latent, kv_lora: int, plan: PrefillPlan, scratch: PrefillScratch) -> None:
@@ -59,7 +61,7 @@ def gather(cache: Tensor | Fp8Latent, kv_lora: int, plan: PrefillPlan, scratch: 
         latent, scale, turned, plan.block_table, plan.cu_contexts, scratch.latent, scratch.rope, plan.tokens, chunks,
         latent.stride(0), scale.stride(0), turned.stride(0), latent.stride(1), scale.stride(1), turned.stride(1),
         plan.block_table.stride(0), PAGE, kv_lora, turned.shape[2], isinstance(cache, Fp8Latent), GROUP,
-        triton.next_power_of_2(chunks), rows, num_warps=4,
+        max(16, triton.next_power_of_2(chunks)), rows, num_warps=4,
     )  # fmt: skip
 
 
@@ -105,18 +107,18 @@ def shape_key(dtype: torch.dtype, nope: int, rope: int, v_dim: int, heads: int) 
 def attend(
     q: Tensor, kv: Tensor, rope: Tensor, plan: PrefillPlan, scale: float, out: Tensor, tile: dict | None = None
 ) -> None:
-    """q [R, heads, nope + rope] over kv [tokens, heads, nope + v_dim] and rope [tokens, rope] to out [R, heads, v_dim]."""
+    """q [R, heads, nope + rope] over kv [tokens, heads, nope + v_dim] and rope [tokens, rope]."""
     heads, v_dim = out.shape[1:]
     shape = q.dtype, kv.shape[2] - v_dim, rope.shape[1], v_dim, heads
     if tile is None:
         tile = measured_tile(Path(__file__).parent, shape_key(*shape), plan.tokens) or tile_rule(*shape, plan.tokens)
     scale *= math.log2(math.e)
     if tile["hopper"]:
-        from kernels.mla_prefill import hopper
+        from kernels.mla_prefill.hopper import attend as attend_on_hopper
 
-        hopper.attend(q, kv, rope, plan, scale, out, tile)
+        attend_on_hopper(q, kv, rope, plan, scale, out, tile)
     else:
-        attention.attend(q, kv, rope, plan, scale, out, tile)
+        attend_anywhere(q, kv, rope, plan, scale, out, tile)
 
 
 def mla_prefill(

@@ -12,7 +12,7 @@ from common.link import ExpertLink
 from common.model_config import ModelConfig
 from common.pages import PAGE
 from kernels.combine_norm import combine_norm
-from kernels.mla_decode import mla_decode
+from kernels.mla_decode import DecodeMask, mla_decode, plan_decode
 from kernels.mla_prefill import PrefillPlan, mla_prefill
 from kernels.qkv_norm_rope_write import qkv_norm_rope_write
 from kernels.route import Routing, route
@@ -51,10 +51,10 @@ class Model:
         h = F.embedding(batch.tokens, self.weights.embedding)  # [T, hidden], the residual stream
         x = torch.empty_like(h)
         turns = self._turns[batch.positions].unsqueeze(1)  # [T, 1, rope / 2]
-        mask, prefill = _decode_mask(batch), _prefill_plan(batch)
+        decode, prefill = plan_decode(batch.context, batch.block_table.shape[1]), _prefill_plan(batch)
         for layer, layer_cache in zip(self.weights.layers, cache, strict=True):
             combine_norm(h, (), layer.attn_norm, self.config.eps, x)
-            self._attention(layer, x, turns, mask, prefill, batch, layer_cache, h)
+            self._attention(layer, x, turns, decode, prefill, batch, layer_cache, h)
             combine_norm(h, (), layer.mlp_norm, self.config.eps, x)
             self._ffn(layer, x, h)
         last = h[batch.logit_rows]  # [S, hidden]
@@ -66,7 +66,7 @@ class Model:
         layer: Layer,
         x: Tensor,
         turns: Tensor,
-        mask: Tensor,
+        decode: DecodeMask,
         prefill: PrefillPlan | None,
         batch: Batch,
         cache: Tensor,
@@ -79,7 +79,7 @@ class Model:
         qkv_norm_rope_write(x, layer.qkv, turns, batch.write, cache, q)
         up = layer.w_uk, layer.w_uv
         if n:
-            mla_decode(q[:n], *up, cache, batch.block_table, mask, c.softmax_scale, out[:n])
+            mla_decode(q[:n], *up, cache, batch.block_table, batch.context, decode, c.softmax_scale, out[:n])
         if prefill is not None:
             mla_prefill(q[n:], *up, cache, prefill, c.softmax_scale, out[n:])
         h.addmm_(out.view(len(x), -1), layer.o)
@@ -104,13 +104,6 @@ def _add_mlp(mlp: Mlp | None, x: Tensor, h: Tensor) -> None:
     if mlp is not None:
         gate, up = torch.mm(x, mlp.gate_up).split(len(mlp.down), 1)
         h.addmm_(F.silu(gate).mul_(up), mlp.down)
-
-
-def _decode_mask(batch: Batch) -> Tensor:
-    """[n, 1, L]: 0 within each context, -inf past it; the same for all layers."""
-    places = torch.arange(batch.block_table.shape[1] * PAGE)
-    mask = torch.zeros(batch.n_decode, len(places))
-    return mask.masked_fill_(places >= batch.context.unsqueeze(1), -torch.inf).unsqueeze(1)
 
 
 def _prefill_plan(batch: Batch) -> PrefillPlan | None:

@@ -5,12 +5,12 @@ import torch
 from common.pages import PAGE
 from kernels.latent_cache import Fp8Latent, page_bytes
 from kernels.mla_prefill.plan import PrefillPlan, PrefillScratch
-from kernels.mla_prefill.triton import attend, candidates, gather
+from kernels.mla_prefill.triton import attend, gather
 from kernels.target import current
 from tests.kernel_cases import Case
 
 
-def launch(heads: int, nope: int = 128, v_dim: int = 128, fp8: bool = False, tile: dict | None = None) -> None:
+def launch(heads: int, nope: int = 128, v_dim: int = 128, fp8: bool = False) -> None:
     """The two kernels; the product between them is the library's."""
     kv_lora, rope, dtype, rows = 512, 64, torch.bfloat16, 66
     plan = PrefillPlan.of([64, 2], [64, 70], [torch.arange(1), torch.arange(2)])
@@ -21,7 +21,7 @@ def launch(heads: int, nope: int = 128, v_dim: int = 128, fp8: bool = False, til
         cache = Fp8Latent.of(pages, kv_lora, rope, current().fp8)
     gather(cache, kv_lora, plan, scratch)
     q, out = torch.empty(rows, heads, nope + rope, dtype=dtype), torch.empty(rows, heads, v_dim, dtype=dtype)
-    attend(q, scratch.expanded.view(plan.tokens, heads, -1), scratch.rope, plan, 0.1, out, tile)
+    attend(q, scratch.expanded.view(plan.tokens, heads, -1), scratch.rope, plan, 0.1, out)
 
 
 CASES = [
@@ -29,8 +29,3 @@ CASES = [
     Case("V2-Lite, fp8 cache", lambda: launch(16, fp8=True), hot=True),
     Case("odd widths", lambda: launch(6, nope=48, v_dim=80)),
 ]
-if current().arch == "sm_90":
-    CASES += [
-        Case(f"R1, {tile}", lambda tile=tile: launch(128, tile=tile))
-        for tile in {str(t | {"sweep": 1}): t | {"sweep": 1} for t in candidates(128, 8192)}.values()
-    ]

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.expert_plan.naive import ExpertPlan
+from kernels.quant.naive import Fp8Rows
+
+
+@dataclass(frozen=True)
+class ExpertWork:
+    """Scratch of one layer's routed experts for a bucket of tokens; layers and steps take turns in it."""
+
+    plan: ExpertPlan
+    act: Tensor | Fp8Rows  # [pairs, inter], by place
+    rows: Tensor  # [pairs, hidden], by place, weighted
+    tile: Mapping[str, Any]  # of tiles.tile_rule
+
+    @staticmethod
+    def empty(
+        tokens: int,
+        topk: int,
+        held: int,
+        hidden: int,
+        inter: int,
+        fp8: bool,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.bfloat16,
+        tile: Mapping[str, Any] | None = None,
+    ) -> ExpertWork:
+        """`fp8`: of the activations between the two products; `dtype`: of the rows, and of those if not `fp8`."""
+        pairs, coded = tokens * topk, torch.float8_e4m3fn
+        if torch.device(device).type == "cuda":
+            from kernels.experts.tiles import tile_for
+            from kernels.target import current
+
+            coded = current().fp8
+            tile = tile or tile_for(tokens, topk, held, hidden, inter, fp8)
+        tile = tile or {"rows": 16}
+        act: Tensor | Fp8Rows
+        if fp8:
+            act = Fp8Rows.empty(pairs, inter, device, coded)
+        else:
+            act = torch.empty(pairs, inter, dtype=dtype, device=device)
+        rows = torch.empty(pairs, hidden, dtype=dtype, device=device)
+        return ExpertWork(ExpertPlan.empty(tokens, topk, held, tile["rows"], device), act, rows, tile)

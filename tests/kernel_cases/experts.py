@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.experts.tiles import candidates, tile_rule
+from kernels.experts.triton import grouped_ffn, sum_slots
+from kernels.experts.work import ExpertWork
+from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
+from kernels.target import current
+from tests.kernel_cases import Case
+
+HELD, TOKENS = 2, 16  # of the tensors; tiles are those of the shape that a case names
+
+
+def stack(rows: int, columns: int, fp8: bool) -> Tensor | Fp8Blocks:
+    if not fp8:
+        return torch.empty(HELD, columns, rows, dtype=torch.bfloat16).mT
+    scale = torch.empty(HELD, columns // GROUP, rows // GROUP).mT
+    return Fp8Blocks(torch.empty(HELD, columns, rows, dtype=current().fp8).mT, scale)
+
+
+def launch(hidden: int, inter: int, topk: int, fp8: bool, tile: dict) -> None:
+    x: Tensor | Fp8Rows = torch.empty(TOKENS, hidden, dtype=torch.bfloat16)
+    work = ExpertWork.empty(TOKENS, topk, HELD, hidden, inter, False, "cpu", tile=tile)
+    if fp8:
+        x = Fp8Rows.empty(TOKENS, hidden, "cpu", current().fp8)
+        act = Fp8Rows.empty(TOKENS * topk, inter, "cpu", current().fp8)
+        work = ExpertWork(work.plan, act, work.rows, tile)
+    gate_up, down = stack(hidden, 2 * inter, fp8), stack(inter, hidden, fp8)
+    part = grouped_ffn(x, torch.empty(TOKENS, topk), gate_up, down, work)
+    sum_slots(part, torch.empty(TOKENS, hidden, dtype=torch.bfloat16))
+
+
+R1 = 7168, 2048, 8, True
+V2_LITE = 2048, 1408, 6, False
+
+
+def case(name: str, shape: tuple[int, int, int, bool], experts: int, tokens: int) -> Case:
+    topk, fp8 = shape[2:]
+    hot = tokens * topk <= 48 * experts
+    return Case(f"{name}, {tokens} tokens", lambda: launch(*shape, tile_rule(tokens, topk, experts, fp8)), hot)
+
+
+CASES = [case("R1", R1, 256, tokens) for tokens in (1, 512, 1024, 4096)]
+CASES += [case("V2-Lite", V2_LITE, 64, tokens) for tokens in (1, 256, 512, 1024)]
+
+
+def candidate_cases() -> list[Case]:
+    """Every tile that the tuner would measure, to be compiled when `candidates` is changed."""
+    return [
+        Case(f"{name} {tile}", lambda shape=shape, tile=tile: launch(*shape, tile))
+        for name, shape, experts in (("R1", R1, 256), ("V2-Lite", V2_LITE, 64))
+        for tokens in (1, 128, 1024, 4096)
+        for tile in candidates(tokens, shape[2], experts, shape[3])
+    ]
