@@ -152,9 +152,8 @@ class Worker:
             x, ids, weights = self.batches[layer % len(self.batches)]
             slots = self.slots[layer]
             dispatch(x, ids, weights, self.owner, self.peers, self.layout, region_of(layer), slots, tile)
-            if not tile["fused"]:
-                wait(self.peers, self.layout, variant.tokens, tile)
-            combine(replies, slots, self.outs[layer], self.peers if tile["fused"] else None, tile)
+            wait(self.peers, self.layout, variant.tokens, tile)
+            combine(replies, slots, self.outs[layer], tile)
 
     def _batch(self, tokens: int) -> tuple[Fp8Rows, Tensor, Tensor]:
         ids = torch.empty(tokens, self.setup.topk, dtype=torch.int32, device="cuda")

@@ -232,13 +232,11 @@ def test_sums_come_back(
     plain.reply.copy_(ends.reply)
     out, want = torch.empty(2, tokens, hidden, device=DEVICE).bfloat16()
     naive.combine(views.replies(plain.reply, layout), slots, want)
-    for fused in (False, True):
-        poison(out)
-        if not fused:
-            wait(ends.worker, layout, tokens, whole)
-        combine(views.replies(ends.reply, layout), slots, out, ends.worker if fused else None, whole)
-        assert error_ratio(out.float(), want.float()) < TOLERANCE[torch.bfloat16]
-        assert ends.worker.ok.item() == 1
+    poison(out)
+    wait(ends.worker, layout, tokens, whole)
+    combine(views.replies(ends.reply, layout), slots, out, whole)
+    assert error_ratio(out.float(), want.float()) < TOLERANCE[torch.bfloat16]
+    assert ends.worker.ok.item() == 1
 
 
 @either_device
@@ -331,11 +329,11 @@ def test_rows_that_do_not_fit_are_refused() -> None:
 
 
 def variants_of(tokens: int) -> list[Variant]:
-    tile = {"programs": tokens, "warps": 8, "ticket": 0, "places": 0, "fused": 1, "pdl": 1, "early": 0}
+    tile = {"programs": tokens, "warps": 8, "ticket": 0, "places": 0, "pdl": 1, "early": 1}
     return [
-        Variant(tokens, tile, launches=1),
-        Variant(tokens, tile | {"fused": 0, "early": 1}, launches=2),
-        Variant(tokens, tile | {"fused": 0, "pdl": 0, "ticket": 1, "programs": 5, "places": 16}, launches=3),
+        Variant(tokens, tile, launches=2),
+        Variant(tokens, tile | {"early": 0}, launches=2),
+        Variant(tokens, tile | {"pdl": 0, "ticket": 1, "programs": 5, "places": 16}, launches=3),
     ]
 
 
@@ -352,7 +350,7 @@ def test_dispatch_at_full_size(tokens: int, hidden: int, topk: int, quantised: b
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("variant", variants_of(16), ids=["fused", "apart", "three launches"])
+@pytest.mark.parametrize("variant", variants_of(16), ids=["early", "late", "three launches"])
 def test_replays_within_one_process(variant: Variant) -> None:
     worker, shard = both_ends(SETUP)
     shard_graph = captured(shard.build(variant), shard.stream)

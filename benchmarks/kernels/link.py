@@ -29,7 +29,7 @@ def cases() -> list[KernelCase]:
 def base_tile(tokens: int) -> dict[str, int]:
     """tile_rule's for the H200, without asking a GPU: this process must not open one outside MPS."""
     return {
-        "programs": tokens, "warps": 8, "ticket": 0, "places": 0, "fused": 1, "pdl": 1, "early": 0,
+        "programs": tokens, "warps": 8, "ticket": 0, "places": 0, "pdl": 1, "early": 1,
     }  # fmt: skip
 
 
@@ -40,14 +40,11 @@ def named_variants(tokens: int) -> dict[str, Variant]:
         return Variant(tokens, base_tile(tokens) | changes, launches)
 
     return {
-        "fused waits, 2 + 1 launches": variant(1),
-        "fused waits, 2 + 1 launches, no PDL": variant(1, pdl=0),
-        "shard waits apart, 2 + 2": variant(2),
-        "shard waits apart, 2 + 2, tickets": variant(2, ticket=1),
-        "both wait apart, early, 3 + 2": variant(2, fused=0, early=1),
-        "both wait apart, late, 3 + 2": variant(2, fused=0),
-        "as with experts, 2 + 3": variant(3),
-        "as with experts, 3 + 3, no PDL": variant(3, fused=0, pdl=0),
+        "3 + 2": variant(2),
+        "3 + 2, tickets": variant(2, ticket=1),
+        "3 + 2, late": variant(2, early=0),
+        "3 + 2, no PDL": variant(2, pdl=0),
+        "as with experts, 3 + 3": variant(3),
     }
 
 

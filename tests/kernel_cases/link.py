@@ -27,13 +27,13 @@ def launch(hidden: int, topk: int, tokens: int, peers: int, quantised: bool, cha
     give_back(experts, torch.empty(1, dtype=torch.int32), one, layout, region, tile)
     give_back(x, torch.empty(1, dtype=torch.int32), one, layout, region, tile)
     wait(ends, layout, tokens, tile)
-    combine(torch.empty(tokens * peers, hidden, dtype=torch.bfloat16), slots, x, ends if tile["fused"] else None, tile)
+    combine(torch.empty(tokens * peers, hidden, dtype=torch.bfloat16), slots, x, tile)
 
 
 CASES = [
     Case("R1 fp8, 64 tokens, 1 peer", lambda: launch(7168, 8, 64, 1, True, {}), hot=True),
-    Case("R1 fp8, 64 tokens, 8 peers, plain", lambda: launch(7168, 8, 64, 8, True, {"pdl": 0, "fused": 0}), hot=True),
+    Case("R1 fp8, 64 tokens, 8 peers, plain", lambda: launch(7168, 8, 64, 8, True, {"pdl": 0}), hot=True),
     Case("R1 fp8, 1 token, tickets", lambda: launch(7168, 8, 1, 1, True, {"ticket": 1}), hot=True),
     Case("V2-Lite bf16, 16 tokens, 2 peers", lambda: launch(2048, 6, 16, 2, False, {}), hot=True),
-    Case("R1 fp8, 4096 tokens, 8 peers", lambda: launch(7168, 8, 4096, 8, True, {"fused": 0})),
+    Case("R1 fp8, 4096 tokens, 8 peers", lambda: launch(7168, 8, 4096, 8, True, {})),
 ]
