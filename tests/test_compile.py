@@ -22,11 +22,13 @@ def _one_target(module: str, target: str) -> list[Compiled]:
 
 
 @pytest.fixture(scope="module")
-def compiling() -> Iterator[dict[tuple[str, str], Future]]:
+def compiling(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], Future]]:
     # A process a (module, target), since Triton keeps its target for life; as many at once as there are cores.
     pool = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"), max_tasks_per_child=1)
     with pool:
-        yield {key: pool.submit(_one_target, *key) for key in ALL}
+        wanted = [item.callspec.params for item in request.session.items if item.path == request.path]
+        keys = [(params["module"], params["target"]) for params in wanted]
+        yield {key: pool.submit(_one_target, *key) for key in keys}
 
 
 @pytest.mark.parametrize(("module", "target"), ALL, ids=[f"{module}-{target}" for module, target in ALL])

@@ -1,3 +1,4 @@
+# mypy: allow-incomplete-defs, allow-untyped-defs, no-check-untyped-defs
 """Which program reads which pages: computed on the device once a step, the same for every layer.
 
 A part is what one program a head tile does: a range of (request, page) that may begin and end in the middle of a
@@ -91,7 +92,7 @@ def _plan(context, begin, joins, count, n, parts, setup, least, PARTS: tl.conste
     room = payload
     for i in range(n):
         pages = tl.cdiv(tl.load(context + i), _PAGE)
-        last, here, more, tail, room = _place(room, last, pages, payload, setup, least)
+        last, _, more, _, room = _place(room, last, pages, payload, setup, least)
         last += more
     payload = tl.min(tl.where(last < parts, payload, 2147483647))
 
@@ -103,7 +104,7 @@ def _plan(context, begin, joins, count, n, parts, setup, least, PARTS: tl.conste
     found = 0
     for i in range(n):
         pages = tl.cdiv(tl.load(context + i), _PAGE)
-        first, here, more, tail, room = _place(room, part, pages, payload, setup, least)
+        first, here, more, _, room = _place(room, part, pages, payload, setup, least)
         begins = (k > part) & (k <= first + more)
         tl.store(begin + 2 * k, tl.zeros([PARTS], tl.int32) + i, mask=begins)
         page = tl.where(k > first, here + (k - first - 1) * (payload - setup), 0)

@@ -1,0 +1,55 @@
+# mypy: allow-incomplete-defs, allow-untyped-defs, no-check-untyped-defs
+"""A product for each head: queries absorbed into the latent space, and the latent sums brought back from it.
+
+For decode these are two weights to stream (16.8 MB each for R1). A program asks for its whole tile of them at once,
+even while the launch before it still runs (weights never change), and uses it for all tokens.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from kernels.tl_ops import dot
+
+
+@triton.jit
+def _per_head(
+    x, w, out, tokens, k, n, x_token, x_head, w_head, w_k, w_n, out_token, out_head,
+    TAIL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[t, h, :n] = x[t, h, :k] w[h]; out[t, h, n:] = x[t, h, k:], TAIL columns."""
+    tiles = tl.cdiv(n, BN)
+    head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    along, column = tl.arange(0, BK), tile * BN + tl.arange(0, BN)
+    at = w + head.to(tl.int64) * w_head + along[:, None] * w_k + column[None, :] * w_n
+    weight = tl.load(at, mask=(along < k)[:, None] & (column < n)[None, :], other=0.0)
+    if PDL:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    for first in range(tl.program_id(1) * BM, tokens, tl.num_programs(1) * BM):
+        token = first + tl.arange(0, BM)
+        source = x + token.to(tl.int64)[:, None] * x_token + head * x_head
+        to = out + token.to(tl.int64)[:, None] * out_token + head * out_head
+        rows = tl.load(source + along[None, :], mask=(token < tokens)[:, None] & (along < k)[None, :], other=0.0)
+        product = dot(rows, weight, tl.zeros([BM, BN], tl.float32))
+        tl.store(to + column[None, :], product, mask=(token < tokens)[:, None] & (column < n)[None, :])
+        if TAIL and tile == 0:
+            past = tl.arange(0, TAIL)[None, :]
+            rest = tl.load(source + k + past, mask=(token < tokens)[:, None])
+            tl.store(to + n + past, rest, mask=(token < tokens)[:, None])
+
+
+def per_head(x, w, out, tile: dict[str, int], pdl: bool) -> None:
+    """x [tokens, heads, k + tail], w [heads, k, n], out [tokens, heads, n + tail]; the last dimension of x and out is
+    contiguous, w lies as it may."""
+    heads, k, n = w.shape
+    tokens, tail = len(x), x.shape[2] - k
+    if not tokens:
+        return
+    _per_head[(heads * triton.cdiv(n, tile["bn"]), 1)](
+        x, w, out, tokens, k, n, x.stride(0), x.stride(1), *w.stride(), out.stride(0), out.stride(1),
+        tail, tile["bm"], tile["bn"], max(16, triton.next_power_of_2(k)), pdl, num_warps=tile["warps"],
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from common.pages import PAGE
+from kernels.latent_cache import Fp8Latent
+from kernels.mla_decode.attend import attention, join
+from kernels.mla_decode.plan import DecodePlan, plan_decode
+from kernels.mla_decode.projections import per_head
+from kernels.target import INTERPRETED, current, measured_tile
+
+__all__ = ["attend", "candidates", "decode_plan", "mla_decode", "plan_decode", "project", "projection_candidates"]
+
+
+def shape_key(rows: int, kv_lora: int, rope: int, fp8: bool) -> str:
+    """The name of a shape in tiles.json; its buckets are numbers of requests."""
+    return f"{rows} rows, {kv_lora}+{rope}, {'fp8' if fp8 else 'bf16'}"
+
+
+def tile_rule(requests: int, rows: int, kv_lora: int, rope: int, fp8: bool) -> dict[str, int]:
+    """`rows` query rows a program; a piece of a request has at least `least` pages, and costs as much as `setup` more.
+
+    The rest is for the portable body: `tokens` of a page at a time.
+    """
+    arch = current().arch
+    tile = {"rows": 16 if rows <= 16 else 32 if rows <= 32 else 64, "setup": 2, "least": 1, "programs": 1}
+    body = {"hopper": int(arch == "sm_90" and not INTERPRETED), "tokens": 64, "warps": 8, "stages": 2}
+    if arch == "gfx950":
+        body |= {"tokens": 32, "warps": 4, "stages": 1}
+    if arch == "gfx942":
+        body |= {"tokens": 16, "warps": 4, "stages": 1}
+    measured = measured_tile(Path(__file__).parent, shape_key(rows, kv_lora, rope, fp8), requests)
+    return measured or tile | body
+
+
+def candidates(rows: int) -> list[dict[str, int]]:
+    body = {"hopper": 1, "tokens": 64, "warps": 8, "stages": 2}
+    heights = [16] if rows <= 16 else [16, 32] if rows <= 32 else [16, 32, 64]
+    return [
+        {"rows": height, "setup": setup, "least": least, "programs": 1} | body
+        for height in heights
+        for setup in (1, 2, 3, 5)
+        for least in (1, 2, 4)
+    ]
+
+
+def decode_plan(
+    requests: int, q_tokens: int, heads: int, kv_lora: int, rope: int, dtype: torch.dtype, device: torch.device | str,
+    *, fp8: bool = False, tile: dict[str, int] | None = None, piece: torch.dtype | None = None,
+) -> DecodePlan:  # fmt: skip
+    """A plan for up to so many requests, to be filled by `plan_decode` in every step."""
+    tile = tile or tile_rule(requests, q_tokens * heads, kv_lora, rope, fp8)
+    return DecodePlan.empty(requests, q_tokens, heads, kv_lora, rope, tile, current().processors, device, dtype, piece)
+
+
+def attend(
+    q: Tensor,  # [n, q_tokens, heads, kv_lora + rope], absorbed
+    cache: Tensor | Fp8Latent,  # [pages, PAGE, kv_lora + rope]; numbers everywhere, also past a context
+    block_table: Tensor,  # int32 [n, max_pages]
+    context: Tensor,  # int32 [n], the tokens of this step included; the plan's
+    plan: DecodePlan,
+    scale: float,
+    out: Tensor,  # [n, q_tokens, heads, kv_lora]
+) -> None:
+    """out = softmax(scale * q . (latent | key)) latent; of m query tokens, number j sees context - (m - 1 - j)."""
+    n, q_tokens, heads, width = q.shape
+    if not n:
+        return
+    kv_lora, rows, tile, fp8 = out.shape[3], q_tokens * heads, plan.tile, isinstance(cache, Fp8Latent)
+    pdl = current().arch == "sm_90" and not INTERPRETED
+    if isinstance(cache, Fp8Latent):
+        latents, keys, scales, scale_pitch = cache.data, cache.rope, cache.scale, cache.scale.stride(0)
+    else:
+        latents, keys, scales, scale_pitch = cache[..., :kv_lora], cache[..., kv_lora:], None, 0
+    grid = (triton.cdiv(rows, tile["rows"]), plan.parts)
+    shared = block_table, context, plan.begin, out, plan.pieces, plan.lse, scale * math.log2(math.e), rows, heads
+    sizes = kv_lora, width - kv_lora, tile["rows"]
+    if tile["hopper"]:
+        from kernels.mla_decode import hopper
+
+        hopper.attend(q, latents, keys, scales, scale_pitch, shared, block_table.stride(0), sizes, grid)
+    else:
+        attention[grid](
+            q, latents, keys, scales, *shared, block_table.stride(0), latents.stride(0), latents.stride(1),
+            keys.stride(0), keys.stride(1), scale_pitch, *sizes, tile["tokens"], tile["rows"] < 64, fp8, PAGE, pdl,
+            tile["stages"], num_warps=tile["warps"], **_pdl(pdl),
+        )  # fmt: skip
+    join[(4 * current().processors,)](
+        plan.joins, plan.count, plan.pieces, plan.lse, out, rows, plan.lse.shape[1], kv_lora,
+        triton.next_power_of_2(plan.parts), 8, pdl, num_warps=4, **_pdl(pdl),
+    )  # fmt: skip
+
+
+def _pdl(on: bool) -> dict[str, bool]:
+    """The launch may begin before the one ahead of it has ended; its kernel waits where it must."""
+    return {"launch_pdl": True} if on else {}
+
+
+def mla_decode(
+    q: Tensor,  # [n, heads, nope + rope]
+    w_uk: Tensor,  # [heads, nope, kv_lora]
+    w_uv: Tensor,  # [heads, kv_lora, v_dim]
+    cache: Tensor | Fp8Latent,
+    block_table: Tensor,  # int32 [n, max_pages]
+    context: Tensor,  # int32 [n]
+    plan: DecodePlan,
+    scale: float,
+    out: Tensor,  # [n, heads, v_dim]
+) -> None:
+    """Of n / q_tokens requests, where the plan is for several query tokens each."""
+    n, heads = q.shape[:2]
+    absorbed, latent = plan.absorbed.flatten(0, 1)[:n], plan.latent.flatten(0, 1)[:n]
+    project(q, w_uk, absorbed)
+    requests = -1, plan.absorbed.shape[1], heads
+    attend(
+        absorbed.unflatten(0, requests[:2]), cache, block_table, context, plan, scale, latent.unflatten(0, requests[:2])
+    )
+    project(latent, w_uv, out)
+
+
+def project(x: Tensor, w: Tensor, out: Tensor, tile: dict[str, int] | None = None) -> None:
+    """out[t, h] = x[t, h, :k] w[h], then what x holds past its first k columns."""
+    tile = tile or projection_rule(len(x), *w.shape)
+    per_head(x, w, out, tile, current().arch == "sm_90" and not INTERPRETED)
+
+
+def projection_rule(tokens: int, heads: int, k: int, n: int) -> dict[str, int]:
+    """All of a program's weights are on their way at once: 16 to 32 KB, several programs a processor."""
+    bn = max(16, min(128, 16384 // triton.next_power_of_2(k)))
+    while bn > 16 and heads * triton.cdiv(n, bn) < 256:
+        bn //= 2
+    rule = {"bm": _token_tile(tokens, k), "bn": bn, "warps": 4}
+    return measured_tile(Path(__file__).parent, projection_key(heads, k, n), tokens) or rule
+
+
+def _token_tile(tokens: int, k: int) -> int:
+    """16 to 64, and small enough beside the weights."""
+    return max(16, min(64, 16384 // triton.next_power_of_2(k), triton.next_power_of_2(tokens)))
+
+
+def projection_key(heads: int, k: int, n: int) -> str:
+    return f"per head {heads}x{k}x{n}"
+
+
+def projection_candidates(tokens: int, k: int) -> list[dict[str, int]]:
+    bm = _token_tile(tokens, k)
+    return [
+        {"bm": bm, "bn": bn, "warps": warps}
+        for bn in (16, 32, 64, 128)
+        for warps in (2, 4, 8)
+        if 4096 <= bn * triton.next_power_of_2(k) <= 32768
+    ]
