@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.expert_plan import plan_experts
 from kernels.experts import naive, triton
 from kernels.experts.naive import slot_table
-from kernels.experts.tiles import tile_for
+from kernels.experts.tiles import candidates, tile_for
 from kernels.experts.work import ExpertWork
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows, quantise_rows
 from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, poisoned, same_from_graph
@@ -69,9 +69,10 @@ def scratch(tokens: int, topk: int, gate_up: Stack, dtype: torch.dtype, tile: Ma
 
 def check(
     tokens: int, hidden: int, inter: int, experts: int, held: list[int], topk: int, dtype: torch.dtype,
-    tile: Mapping | None, absent: float = 0.0,
+    tile: Mapping | None, absent: float = 0.0, ids: Tensor | None = None,
 ) -> None:  # fmt: skip
-    x, (ids, weights) = activations(tokens, hidden, dtype), choices(tokens, experts, topk, absent)
+    x, (random, weights) = activations(tokens, hidden, dtype), choices(tokens, experts, topk, absent)
+    ids = random if ids is None else ids
     gate_up, down = stack(len(held), hidden, 2 * inter, dtype), stack(len(held), inter, hidden, dtype)
     slots, work = table(held, experts), scratch(tokens, topk, gate_up, dtype, tile)
     out = poisoned(tokens, hidden, dtype=work.rows.dtype)
@@ -130,7 +131,7 @@ V2_LITE = 2048, 1408, 64, 6, torch.bfloat16
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("hidden", "inter", "experts", "topk", "dtype"), [R1, V2_LITE], ids=["R1", "V2-Lite"])
-@pytest.mark.parametrize("tokens", [1, 16, 64, 1024])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 1024, 4096])
 def test_equals_naive_at_full_size(
     tokens: int, hidden: int, inter: int, experts: int, topk: int, dtype: torch.dtype
 ) -> None:
@@ -138,7 +139,19 @@ def test_equals_naive_at_full_size(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("tile", [t for t in candidates(1024, 8, 256, True) if "deep" in t["gate_up"]], ids=str)
+@pytest.mark.parametrize("hidden", [256, 1024])
+@pytest.mark.parametrize("counts", [[1], [0, 1, 129, 64, 65, 128, 0, 320, 63], [0, 0], [70] * 40], ids=str)
+def test_blocks_of_every_length(counts: list[int], hidden: int, tile: dict) -> None:
+    """As many pairs as `counts` says of each expert, and of one that is not held."""
+    held = len(counts)
+    ids = torch.arange(held + 1, device=DEVICE).repeat_interleave(torch.tensor([*counts, 9], device=DEVICE))
+    ids = ids[torch.randperm(len(ids), device=DEVICE), None]
+    check(len(ids), hidden, 256, held + 1, list(range(held)), 1, FP8, tile, ids=ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64, 1024])
 def test_a_shard_at_full_size(tokens: int) -> None:
     hidden, inter, experts, topk, dtype = R1
     check(tokens, hidden, inter, experts, list(range(3, experts, 8)), topk, dtype, None, absent=0.1)
@@ -146,7 +159,7 @@ def test_a_shard_at_full_size(tokens: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("hidden", "inter", "experts", "topk", "dtype"), [R1, V2_LITE], ids=["R1", "V2-Lite"])
-@pytest.mark.parametrize("tokens", [1, 32])
+@pytest.mark.parametrize("tokens", [1, 32, 512])
 def test_the_same_from_a_graph(
     tokens: int, hidden: int, inter: int, experts: int, topk: int, dtype: torch.dtype
 ) -> None:
@@ -168,7 +181,7 @@ def test_the_same_from_a_graph(
     def launch() -> None:
         run(x, ids, weights, gate_up, down, slots, out, work)
 
-    same_from_graph(launch, refill, (out,))
+    same_from_graph(launch, refill, (out,), runs=1000 if tokens < 512 else 100)
 
 
 def parts(x: Tensor | Fp8Rows) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ A tile is {"rows", "gate_up", "down"}: the rows of a block of the plan, and of e
   warps, stages
   per_sm    programs a processor, each walking over its tiles; 0: a program a tile, dealt out by the hardware
   prefetch  bytes of each of its first tile's rows that the second launch asks the L2 for while it waits
+or, for hopper.py: stages, and deep, how many blocks lie side by side in the order of tiles
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kernels.quant.naive import GROUP
-from kernels.target import current, measured_tile
+from kernels.target import INTERPRETED, current, measured_tile
 
 Tile = dict[str, Any]
 
@@ -29,15 +30,17 @@ def shape_name(topk: int, held: int, hidden: int, inter: int, fp8: bool) -> str:
 def tile_for(tokens: int, topk: int, held: int, hidden: int, inter: int, fp8: bool) -> Tile:
     """What was measured best, else the static rule."""
     measured: Tile | None = measured_tile(Path(__file__).parent, shape_name(topk, held, hidden, inter, fp8), tokens)
-    return measured or tile_rule(tokens, topk, held, fp8)
+    return measured or tile_rule(tokens, topk, held, hidden, inter, fp8)
 
 
-def tile_rule(tokens: int, topk: int, held: int, fp8: bool) -> Tile:
+def tile_rule(tokens: int, topk: int, held: int, hidden: int, inter: int, fp8: bool) -> Tile:
     """By the pairs an expert gets where routing is uniform and all of a token's experts are held."""
     mean = tokens * topk / max(held, 1)
     rows = 16 if mean <= 12 else 32 if mean <= 24 else 64 if mean <= 48 else 128
     if current().arch != "sm_90":
         return _amd(rows, fp8)
+    if rows >= 64 and fp8 and not INTERPRETED and hidden % (2 * GROUP) == inter % GROUP == 0:
+        return _gathered(4, 4)
     if rows == 128:
         wide = _launch(BN=128, BK=128 if fp8 else 64, SWAP=0, warps=8, stages=4, per_sm=1, prefetch=0)
         return {"rows": rows, "gate_up": wide, "down": wide}
@@ -55,6 +58,11 @@ def _amd(rows: int, fp8: bool) -> Tile:
     if not fp8:
         launch |= {"BN": 64, "BK": 64}
     return {"rows": rows, "gate_up": launch, "down": launch | {"BN": 64}}
+
+
+def _gathered(gate_up: int, down: int) -> Tile:
+    """For hopper.py: how deep each launch is. Stages of 48 KB."""
+    return {"rows": 128, "gate_up": {"stages": 4, "deep": gate_up}, "down": {"stages": 4, "deep": down}}
 
 
 def _launch(**knobs: int) -> Tile:
@@ -76,6 +84,8 @@ def candidates(tokens: int, topk: int, held: int, fp8: bool) -> list[Tile]:
     mean = tokens * topk / max(held, 1)
     if mean > 24:
         blocks = [rows for rows in (64, 128) if mean / 4 <= rows < 8 * mean]
+        if fp8:  # past 48 rows an expert hopper.py's alone
+            blocks = [64] if mean <= 48 else []
         found = [(rows, _many_rows(rows, fp8, True), _many_rows(rows, fp8, False)) for rows in blocks]
     elif fp8:
         found = [(16, _fp8_gate_ups(), _streams(128))]
@@ -83,7 +93,10 @@ def candidates(tokens: int, topk: int, held: int, fp8: bool) -> list[Tile]:
         found = [(16, _streams(64)[:6], _streams(64)[:6])]
         if mean > 6:
             found += [(32, _streams(64)[:4], _streams(64)[:4])]
-    return [{"rows": rows, "gate_up": up, "down": down} for rows, ups, downs in found for up in ups for down in downs]
+    many = [_gathered(up, down) for up in (1, 4, 16) for down in (1, 4, 16)] if fp8 and mean > 24 else []
+    return many + [
+        {"rows": rows, "gate_up": up, "down": down} for rows, ups, downs in found for up in ups for down in downs
+    ]
 
 
 def _fp8_gate_ups() -> list[Tile]:

@@ -178,6 +178,11 @@ def grouped_ffn(
 ) -> SlotRows:
     """Launches may overlap (PDL): each waits for the whole of the one before it, and lets the next start only after
     that, so what an earlier launch than the last wrote may be read before the wait."""
+    if "deep" in work.tile["gate_up"]:
+        from kernels.experts import hopper  # Gluon, which neither the interpreter nor AMD runs
+
+        assert isinstance(x, Fp8Rows) and isinstance(gate_up, Fp8Blocks) and isinstance(down, Fp8Blocks)
+        return hopper.grouped_ffn(x, weights, gate_up, down, work)
     launch_gate_up(x, weights, gate_up, work)
     launch_down(weights, down, work)
     return SlotRows(work.rows, work.plan.places)

@@ -17,7 +17,7 @@ class ExpertWork:
 
     plan: ExpertPlan
     act: Tensor | Fp8Rows  # [pairs, inter], by place
-    rows: Tensor  # [pairs, hidden], by place, weighted
+    rows: Tensor  # [pairs, hidden], by place, weighted; before that, hopper.py's gathered rows of x
     tile: Mapping[str, Any]  # of tiles.tile_rule
 
     @staticmethod

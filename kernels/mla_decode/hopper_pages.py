@@ -50,9 +50,10 @@ def _feed_queries(q, q_key, qs, q_keys, bars, request, rows, turn):
 @gluon.jit
 def feed(q, q_key, latents, keys, scales, qs, q_keys, pages, page_keys, bars, table, context, begin,
           rows, max_pages, latent_pitch, key_pitch, scale_pitch):  # fmt: skip
-    first, page, end, cut, cut_page = part_of_program(begin)
+    first, first_page, end, cut, cut_page = part_of_program(begin)
     step = 0
     for request in range(first, end):
+        page = gl.where(request == first, first_page, 0)
         _feed_queries(q, q_key, qs, q_keys, bars, request, rows, request - first)
         for i in range(page, stop_of(gl.load(context + request), request, cut, cut_page)):
             held = gl.load(table + request * max_pages + i)
@@ -63,7 +64,6 @@ def feed(q, q_key, latents, keys, scales, qs, q_keys, pages, page_keys, bars, ta
             tma.async_copy_global_to_shared(latents, [held * latent_pitch, 0], full, pages.index(stage))
             tma.async_copy_global_to_shared(keys, [held * key_pitch, 0], full, page_keys.index(stage))
             step += 1
-        page = 0
 
 
 @gluon.jit
@@ -111,9 +111,10 @@ def widen(q, q_key, latents, keys, scales, qs, q_keys, pages, page_keys, bars, t
     KEY: gl.constexpr = gl.BlockedLayout([1, 8], [4 * 64 // ROPE, ROPE // 8], [4, 1], [1, 0])
     token, column = gl.arange(0, PAGE_TOKENS, gl.SliceLayout(1, KEY)), gl.arange(0, ROPE, gl.SliceLayout(0, KEY))
     of_key = token[:, None] * ROPE + column[None, :]
-    first, page, end, cut, cut_page = part_of_program(begin)
+    first, first_page, end, cut, cut_page = part_of_program(begin)
     step = 0
     for request in range(first, end):
+        page = gl.where(request == first, first_page, 0)
         _feed_queries(q, q_key, qs, q_keys, bars, request, rows, request - first)
         stop = stop_of(gl.load(context + request), request, cut, cut_page)
         row = table + request * max_pages
@@ -134,4 +135,3 @@ def widen(q, q_key, latents, keys, scales, qs, q_keys, pages, page_keys, bars, t
                 mbarrier.arrive(bars.index(FULL + stage))
                 chunks = _fetch(latents, scales, held, latent_pitch, scale_pitch, KV_LORA, CHUNK)
                 step += 1
-        page = 0

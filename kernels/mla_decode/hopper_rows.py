@@ -111,12 +111,13 @@ def lead(qs, q_keys, pages, page_keys, weights, factors, bars, context, begin, o
     HALF: gl.constexpr = KV_LORA // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE_TOKENS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    first, page, end, cut, cut_page = part_of_program(begin)
+    first, first_page, end, cut, cut_page = part_of_program(begin)
     row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     ahead = rows // heads - 1 - row // heads  # tokens of this step that come after the row's own
     place = gl.arange(0, PAGE_TOKENS, gl.SliceLayout(0, SCORES))[None, :]
     step, sent = gl.to_tensor(0), gl.to_tensor(0)
     for request in range(first, end):
+        page = gl.where(request == first, first_page, 0)
         length = gl.load(context + request)
         stop = stop_of(length, request, cut, cut_page)
         top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
@@ -156,7 +157,6 @@ def lead(qs, q_keys, pages, page_keys, weights, factors, bars, context, begin, o
         column = gl.arange(0, HALF, gl.SliceLayout(0, SUMS))[None, :]
         whole, slot = _write(out, pieces, acc, line, column, request, rows, page, stop, length, ROWS, KV_LORA)
         gl.store(lse + slot + row, top + gl.log2(total), mask=(row >= 0) & (whole == 0))
-        page = 0
 
 
 @gluon.jit
@@ -164,11 +164,12 @@ def follow(pages, weights, factors, bars, context, begin, out, pieces, rows, KV_
     ROWS: gl.constexpr = weights.shape[0]
     HALF: gl.constexpr = KV_LORA // 2
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
-    first, page, end, cut, cut_page = part_of_program(begin)
+    first, first_page, end, cut, cut_page = part_of_program(begin)
     row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))[:, None]
     column = HALF + gl.arange(0, HALF, gl.SliceLayout(0, SUMS))[None, :]
     step, taken = gl.to_tensor(0), gl.to_tensor(0)
     for request in range(first, end):
+        page = gl.where(request == first, first_page, 0)
         length = gl.load(context + request)
         stop = stop_of(length, request, cut, cut_page)
         acc = gl.zeros([ROWS, HALF], gl.float32, SUMS)
@@ -188,7 +189,6 @@ def follow(pages, weights, factors, bars, context, begin, out, pieces, rows, KV_
         mbarrier.arrive(bars.index(TAKEN))
         taken += 1
         _write(out, pieces, acc, row, column, request, rows, page, stop, length, ROWS, KV_LORA)
-        page = 0
 
 
 @gluon.jit
@@ -234,7 +234,7 @@ def side(qs, q_keys, pages, page_keys, weights, halves, bars, context, begin, ou
     ROWS: gl.constexpr = qs.shape[0]
     HALF: gl.constexpr = KV_LORA // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # of scores and sums
-    first, page, end, cut, cut_page = part_of_program(begin)
+    first, first_page, end, cut, cut_page = part_of_program(begin)
     row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
     ahead = rows // heads - 1 - row // heads  # tokens of this step that come after the row's own
     place = gl.arange(0, PAGE_TOKENS, gl.SliceLayout(1, LAYOUT))[:, None]
@@ -242,6 +242,7 @@ def side(qs, q_keys, pages, page_keys, weights, halves, bars, context, begin, ou
     mine = weights.index(RIGHT).permute((1, 0))  # [tokens, rows]
     step = gl.to_tensor(0)
     for request in range(first, end):
+        page = gl.where(request == first, first_page, 0)
         length = gl.load(context + request)
         stop = stop_of(length, request, cut, cut_page)
         top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
@@ -277,4 +278,3 @@ def side(qs, q_keys, pages, page_keys, weights, halves, bars, context, begin, ou
         whole, slot = _write(out, pieces, acc, row[None, :], column, request, rows, page, stop, length, ROWS, KV_LORA)
         if not RIGHT:
             gl.store(lse + slot + row, top + gl.log2(mass), mask=(row >= 0) & (whole == 0))
-        page = 0

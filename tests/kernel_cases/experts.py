@@ -37,9 +37,11 @@ V2_LITE = 2048, 1408, 6, False
 
 
 def case(name: str, shape: tuple[int, int, int, bool], experts: int, tokens: int) -> Case:
-    topk, fp8 = shape[2:]
-    hot = tokens * topk <= 48 * experts
-    return Case(f"{name}, {tokens} tokens", lambda: launch(*shape, tile_rule(tokens, topk, experts, fp8)), hot)
+    hidden, inter, topk, fp8 = shape
+    hot = tokens * topk <= 24 * experts
+    return Case(
+        f"{name}, {tokens} tokens", lambda: launch(*shape, tile_rule(tokens, topk, experts, hidden, inter, fp8)), hot
+    )
 
 
 CASES = [case("R1", R1, 256, tokens) for tokens in (1, 512, 1024, 4096)]

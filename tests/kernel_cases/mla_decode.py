@@ -13,7 +13,7 @@ LATENT, ROPE = 512, 64
 
 def launch(heads: int, q_tokens: int = 1, fp8: bool = False, portable: bool = False, latent: int = LATENT) -> None:
     tile = triton.tile_rule(4, heads * q_tokens, latent, ROPE, fp8)
-    tile = tile | {"hopper": 0} if portable else tile
+    tile = tile | {"hopper": int(current().arch == "sm_90" and not portable)}
     plan = triton.decode_plan(4, q_tokens, heads, latent, ROPE, torch.bfloat16, "cpu", fp8=fp8, tile=tile)
     if fp8:
         held = torch.empty(8, page_bytes(latent, ROPE), dtype=torch.uint8)

@@ -1,0 +1,260 @@
+"""The routed experts' FFN for many tokens on sm_90, in Gluon, after kernels/linear/hopper.py: one warp feeds shared
+memory by TMA, two warpgroups multiply and promote, one of them while the other's products run.
+
+Rows of x are gathered first, each expert's together, because TMA fetches neighbours alone. A tile is a block of up to
+128 places by two strips of 128 weight rows: gate and up of the same columns, which are one group of what is quantised
+for the second product, or two neighbours of `down`. A warpgroup has 64 of the places; where a block has no more, the
+second one only keeps step. Blocks of one expert are neighbours in the order of tiles, so that its weights come from
+memory once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.combine_norm.naive import SlotRows
+from kernels.experts.work import ExpertWork
+from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
+from kernels.target import current
+
+BLOCK = 128  # rows of a block of the plan
+_HALF = gl.constexpr(64)  # of them, a warpgroup's
+_GROUP = gl.constexpr(GROUP)  # elements of K a step, and columns of a strip
+_FP8_MAX = gl.constexpr(448.0)
+_PART = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, GROUP, 32]))  # of a warpgroup's [64, 128]
+_ROW = gl.constexpr(gl.SliceLayout(1, _PART.value))
+_COLUMN = gl.constexpr(gl.SliceLayout(0, _PART.value))
+
+
+@triton.jit
+def _gather(x, pairs, counts, out, width, topk, BLOCK: tl.constexpr):
+    """out[place] = x[token], in words of 4 bytes; one program a place."""
+    place = tl.program_id(0)
+    if place < tl.load(counts + 1):
+        token = tl.load(pairs + place) // topk
+        at = tl.arange(0, BLOCK)
+        row = tl.load(x + token.to(tl.int64) * width + at, mask=at < width)
+        tl.store(out + place.to(tl.int64) * width + at, row, mask=at < width)
+
+
+@gluon.jit
+def _tile(index, blocks, count, across, DEEP: gl.constexpr):
+    """(slot, first place, places, strip): DEEP blocks side by side, then the next strip."""
+    first = index // (DEEP * across) * DEEP
+    deep = gl.minimum(count - first, DEEP)
+    inside = index % (DEEP * across)
+    block = blocks + (first + inside % deep) * 3
+    return gl.load(block), gl.load(block + 1), gl.load(block + 2), inside // deep
+
+
+@gluon.jit
+def _feed(
+    x, w, xs, ws, full, empty, blocks, counts, k, n, apart, across, wide, STAGES: gl.constexpr, DEEP: gl.constexpr
+):
+    """Where the second half has no places, its rows are neither fetched nor expected."""
+    count, step = gl.load(counts), 0
+    for index in range(gl.program_id(0), count * across, gl.num_programs(0)):
+        slot, place, places, strip = _tile(index, blocks, count, across, DEEP)
+        row, both = slot * n + strip * wide, places > _HALF
+        for at in range(0, k, _GROUP):
+            stage = step % STAGES
+            ready = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(ready, (2 * _HALF + 2 * _GROUP) * _GROUP, pred=both)
+            mbarrier.expect(ready, (_HALF + 2 * _GROUP) * _GROUP, pred=places <= _HALF)
+            tma.async_copy_global_to_shared(x, [place, at], ready, xs.index(2 * stage))
+            tma.async_copy_global_to_shared(x, [place + _HALF, at], ready, xs.index(2 * stage + 1), pred=both)
+            tma.async_copy_global_to_shared(w, [row, at], ready, ws.index(2 * stage))
+            tma.async_copy_global_to_shared(w, [row + apart, at], ready, ws.index(2 * stage + 1))
+            step += 1
+
+
+@gluon.jit
+def _product(x, w):
+    zero = gl.zeros([_HALF, _GROUP], gl.float32, _PART)
+    run = warpgroup_mma(x, w.permute((1, 0)), zero, use_acc=False, is_async=True)
+    return warpgroup_mma_wait(0, deps=(run,))
+
+
+@gluon.jit
+def _accumulate(
+    xs, ws, full, empty, x_scale, w_scale0, w_scale1, step, steps, WARPGROUP: gl.constexpr, STAGES: gl.constexpr
+):
+    """The tile's two sums; `step` is the count of steps before it."""
+    acc0 = gl.zeros([_HALF, _GROUP], gl.float32, _PART)
+    acc1 = gl.zeros([_HALF, _GROUP], gl.float32, _PART)
+    for i in range(steps):
+        stage = step % STAGES
+        sx, s0, s1 = gl.load(x_scale + i), gl.load(w_scale0 + i), gl.load(w_scale1 + i)
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        mine = xs.index(2 * stage + WARPGROUP)
+        part = _product(mine, ws.index(2 * stage))
+        acc0 += part * (sx * s0)[:, None]
+        acc0 = warpgroup_mma_wait(0, deps=(acc0,))  # else ptxas starts the next product early, and spills
+        part = _product(mine, ws.index(2 * stage + 1))
+        mbarrier.arrive(empty.index(stage), count=1)
+        acc1 += part * (sx * s1)[:, None]
+        step += 1
+    return acc0, acc1
+
+
+@gluon.jit
+def _keep_step(full, empty, step, steps, STAGES: gl.constexpr):
+    """Waits too: whoever ran ahead would release a stage twice."""
+    for _ in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+
+
+@gluon.jit
+def _store(out, to, staged, value, place, column, places, width):
+    """The places of this half: all 64 by TMA, which would overwrite another block's."""
+    if places >= _HALF:
+        tma.store_wait(0)  # `staged` has been read
+        staged.store(value)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(out, [place, column], staged)
+    else:
+        r = gl.arange(0, _HALF, _ROW)
+        to += place.to(gl.int64) * width + column
+        gl.store(to + (r * width)[:, None] + gl.arange(0, _GROUP, _COLUMN)[None, :], value, mask=(r < places)[:, None])
+
+
+@gluon.jit
+def _activation(gate, up, dtype: gl.constexpr):
+    """silu(gate) * up in 8 bits, and its scales."""
+    act = gate / (1 + gl.exp(-gate)) * up
+    scale = gl.maximum(gl.max(gl.abs(act), 1), 1e-10) / _FP8_MAX
+    coded = gl.minimum(gl.maximum(act / scale[:, None], -_FP8_MAX), _FP8_MAX)
+    return coded.to(dtype), scale
+
+
+@gluon.jit
+def _multiply(
+    out, to, out_scale, xs, ws, staged, full, empty, x_scale, w_scale, gates, pairs, blocks, counts,
+    k, n, apart, across, wide, width, topk,
+    WARPGROUP: gl.constexpr, GATE_UP: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr,
+):  # fmt: skip
+    mine, count, steps, step = staged.index(WARPGROUP), gl.load(counts), k // _GROUP, 0
+    for index in range(gl.program_id(0), count * across, gl.num_programs(0)):
+        slot, place, places, strip = _tile(index, blocks, count, across, DEEP)
+        place, places, column = place + WARPGROUP * _HALF, places - WARPGROUP * _HALF, strip * wide
+        if places > 0:
+            r = gl.arange(0, _HALF, _ROW)
+            source = place + gl.minimum(r, places - 1)
+            pair = gl.load(pairs + source)
+            if GATE_UP:
+                source = pair // topk
+            s0 = w_scale + (slot * n + column) // _GROUP * steps
+            s1 = s0 + apart // _GROUP * steps
+            acc0, acc1 = _accumulate(
+                xs, ws, full, empty, x_scale + source * steps, s0, s1, step, steps, WARPGROUP, STAGES
+            )
+            if GATE_UP:
+                coded, scale = _activation(acc0, acc1, out.dtype)
+                gl.store(out_scale + (place + r) * across + strip, scale, mask=r < places)
+                _store(out, to, mine, coded, place, column, places, width)
+            else:
+                gate = gl.load(gates + pair)[:, None]
+                _store(out, to, mine, (acc0 * gate).to(out.dtype), place, column, places, width)
+                _store(out, to, mine, (acc1 * gate).to(out.dtype), place, column + _GROUP, places, width)
+        else:
+            _keep_step(full, empty, step, steps, STAGES)
+        step += steps
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _many_rows(
+    x, w, out, to, x_scale, w_scale, out_scale, gates, pairs, blocks, counts, k, width, topk,
+    GATE_UP: gl.constexpr, STAGES: gl.constexpr, DEEP: gl.constexpr,
+):  # fmt: skip
+    """GATE_UP: out[place] = silu(x[place] @ gate) * (x[place] @ up); else out[place] = x[place] @ w * gates[pair].
+
+    `to` is the address of `out`; x_scale lies by token in the first case, and by place in the second.
+    """
+    n = 2 * width if GATE_UP else width  # weight rows of an expert
+    apart = width if GATE_UP else 128  # between a tile's two strips
+    wide: gl.constexpr = _GROUP if GATE_UP else 2 * _GROUP  # columns of a tile
+    across = width // wide
+    xs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, _HALF, _GROUP], x.layout)
+    ws = gl.allocate_shared_memory(w.dtype, [2 * STAGES, _GROUP, _GROUP], w.layout)
+    staged = gl.allocate_shared_memory(out.dtype, [2, _HALF, _GROUP], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_multiply, (out, to, out_scale, xs, ws, staged, full, empty, x_scale, w_scale, gates, pairs, blocks,
+                         counts, k, n, apart, across, wide, width, topk, 0, GATE_UP, STAGES, DEEP)),
+            (_multiply, (out, to, out_scale, xs, ws, staged, full, empty, x_scale, w_scale, gates, pairs, blocks,
+                         counts, k, n, apart, across, wide, width, topk, 1, GATE_UP, STAGES, DEEP)),
+            (_feed, (x, w, xs, ws, full, empty, blocks, counts, k, n, apart, across, wide, STAGES, DEEP)),
+        ],
+        [4, 1],
+        [232, 40],
+    )  # fmt: skip
+
+
+def grouped_ffn(x: Fp8Rows, weights: Tensor, gate_up: Fp8Blocks, down: Fp8Blocks, work: ExpertWork) -> SlotRows:
+    """Until the second product fills work.rows, the rows of x lie there."""
+    plan, act = work.plan, work.act
+    assert isinstance(act, Fp8Rows) and plan.block_rows == BLOCK
+    part = SlotRows(work.rows, plan.places)
+    if not len(gate_up.data) or not plan.pairs.numel():
+        return part
+    pairs, hidden = work.rows.shape
+    gathered = work.rows.view(torch.uint8).view(-1)[: pairs * hidden].view(pairs, hidden)
+    words = hidden // 4
+    _gather[(pairs,)](
+        x.data.view(torch.int32), plan.pairs, plan.counts, gathered.view(torch.int32), words, weights.shape[1],
+        triton.next_power_of_2(words), num_warps=4,
+    )  # fmt: skip
+    rows = Fp8Rows(gathered.view(x.data.dtype), x.scale)
+    _launch(True, rows, gate_up, act.data, act.scale, weights, work)
+    _launch(False, act, down, work.rows, None, weights, work)
+    return part
+
+
+def _launch(
+    is_gate_up: bool, x: Fp8Rows, stack: Fp8Blocks, out: Tensor, out_scale: Tensor | None, gates: Tensor,
+    work: ExpertWork,
+) -> None:  # fmt: skip
+    plan, tile = work.plan, work.tile["gate_up" if is_gate_up else "down"]
+    (held, k, n), width = stack.data.shape, out.shape[1]
+    scale = stack.scale.mT
+    if not scale.is_contiguous():
+        raise ValueError("scales lie as their weights: a transposed view")
+    w = stack.data.mT.view(held * n, k)  # as in memory; raises where the stack is not a transposed view
+    programs = min(current().processors, len(plan.blocks) * (width // (GROUP if is_gate_up else 2 * GROUP)))
+    _many_rows[(programs,)](
+        _descriptor(x.data, BLOCK // 2), _descriptor(w, GROUP), _descriptor(out, BLOCK // 2), out,
+        x.scale, scale, out_scale, gates, plan.pairs, plan.blocks, plan.counts, k, width, gates.shape[1],
+        is_gate_up, tile["stages"], tile["deep"], num_warps=4,
+    )  # fmt: skip
+
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+
+
+def _descriptor(matrix: Tensor, rows: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for([rows, GROUP], _DTYPES[matrix.dtype])
+    return TensorDescriptor.from_tensor(matrix, [rows, GROUP], layout)
