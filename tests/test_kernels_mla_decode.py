@@ -131,10 +131,10 @@ def pieces_of(plan: DecodePlan, context: list[int]) -> list[list[tuple[int, int,
 @settings(deadline=None, max_examples=40)
 @given(
     contexts=st.lists(st.one_of(lengths, st.integers(0, 40_000)), max_size=12),
-    setup=st.integers(1, 5), least=st.integers(1, 4), parts=st.integers(1, 40),
+    setup=st.integers(1, 5), least=st.integers(1, 4), join=st.integers(0, 8), parts=st.integers(1, 40),
 )  # fmt: skip
-def test_every_page_lies_in_one_part(contexts: list[int], setup: int, least: int, parts: int) -> None:
-    tile = {"rows": 16, "setup": setup, "least": least, "programs": 1}
+def test_every_page_lies_in_one_part(contexts: list[int], setup: int, least: int, join: int, parts: int) -> None:
+    tile = {"rows": 16, "setup": setup, "least": least, "join": join, "programs": 1}
     plan = DecodePlan.empty(len(contexts), 1, 4, 128, 32, tile, parts, DEVICE, torch.float16)
     poison(plan.begin, plan.joins, plan.count)
     triton.plan_decode(int32(contexts), plan)
@@ -151,7 +151,20 @@ def test_every_page_lies_in_one_part(contexts: list[int], setup: int, least: int
     spans = {r: [k for k, part in enumerate(work) if any(p[0] == r for p in part)] for r in range(len(contexts))}
     assert joined == {r: (ks[0], ks[-1]) for r, ks in spans.items() if len(ks) > 1}
     costs = [sum(stop - first + setup for _, first, stop in part) for part in work]
-    assert max(costs) <= max(-(-(sum(pages) + setup * len(pages)) // parts), setup + least) + setup + least
+    assert max(costs) <= max(-(-(sum(pages) + setup * len(pages)) // parts), setup + least) + setup + least + join
+
+
+@either_device
+def test_nothing_is_cut_for_less_than_joining_costs() -> None:
+    """32 requests of 8 pages over 40 parts: cut, no part would have 8, but the pieces would have to be joined."""
+    counts = {}
+    for join in (0, 4):
+        tile = {"rows": 16, "setup": 1, "least": 1, "join": join, "programs": 1}
+        plan = DecodePlan.empty(32, 1, 4, 128, 32, tile, 40, DEVICE, torch.float16)
+        triton.plan_decode(int32([8 * PAGE] * 32), plan)
+        counts[join] = int(plan.count)
+    assert counts[0] > 0
+    assert counts[4] == 0
 
 
 # ---- full size
@@ -186,14 +199,15 @@ def test_both_bodies(hopper: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "fp8"), [(128, False), (16, False), (16, True), (128, True)])
-def test_the_same_from_a_graph(heads: int, fp8: bool) -> None:
+@pytest.mark.parametrize("max_context", [1024, 4096], ids=["short", "long"])
+def test_the_same_from_a_graph(heads: int, fp8: bool, max_context: int) -> None:
     """With contexts that change from replay to replay, and so with another schedule each time."""
     n, most = 16, 40
     cache, table = pages_for([most * PAGE] * n, 512, 64, torch.bfloat16)
     held = as_fp8(cache, 512, 64) if fp8 else cache
     q = torch.randn(n, 1, heads, 576, device=DEVICE).bfloat16()
     context = int32([1] * n)
-    plan = triton.decode_plan(n, 1, heads, 512, 64, torch.bfloat16, DEVICE, fp8=fp8)
+    plan = triton.decode_plan(n, 1, heads, 512, 64, torch.bfloat16, DEVICE, fp8=fp8, max_context=max_context)
     out = torch.empty(n, 1, heads, 512, dtype=torch.bfloat16, device=DEVICE)
 
     def refill(seed: int) -> None:

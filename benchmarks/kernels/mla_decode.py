@@ -59,7 +59,7 @@ def attention(n: int, context: int, heads: int, fp8: bool) -> KernelCase:
         return [launch(inputs(n, context, heads)) for _ in range(sets(size))]
 
     def make(tile: dict | None) -> list[Launch]:
-        plan = triton.decode_plan(n, 1, heads, LATENT, ROPE, torch.bfloat16, "cuda", fp8=fp8, tile=tile)
+        plan = triton.decode_plan(n, 1, heads, LATENT, ROPE, torch.bfloat16, "cuda", fp8=fp8, max_context=context, tile=tile)
 
         def ours(given: Inputs) -> Launch:
             q, cache, table, lengths = given
@@ -71,7 +71,7 @@ def attention(n: int, context: int, heads: int, fp8: bool) -> KernelCase:
 
     def check() -> float:
         q, cache, table, lengths = inputs(n, context, heads)
-        plan = triton.decode_plan(n, 1, heads, LATENT, ROPE, torch.bfloat16, "cuda", fp8=fp8)
+        plan = triton.decode_plan(n, 1, heads, LATENT, ROPE, torch.bfloat16, "cuda", fp8=fp8, max_context=context)
         out = torch.full_like(q[..., :LATENT], torch.nan)
         triton.plan_decode(lengths, plan)
         triton.attend(q, as_fp8(cache) if fp8 else cache, table, lengths, plan, SCALE, out)
@@ -80,9 +80,7 @@ def attention(n: int, context: int, heads: int, fp8: bool) -> KernelCase:
         naive.attend(q[some], cache, table[some], lengths[some], SCALE, want)
         return float((out[some] - want).square().mean().sqrt() / want.square().mean().sqrt())
 
-    key = triton.shape_key(heads, LATENT, ROPE, fp8)
-    # A plan's tile is chosen before contexts are known: small batches are tuned at short ones, large at long ones.
-    tuned = (ROOM, key, n) if (context == 1024) == (n <= 16) else None
+    tuned = (ROOM, triton.shape_key(heads, LATENT, ROPE, fp8, context), n)
     return KernelCase(
         "mla_decode", f"{n} x {context}, {heads} heads, {'fp8' if fp8 else 'bf16'}", make, bytes=moved,
         flops=2 * n * heads * context * (2 * LATENT + ROPE), kind="bf16", tiles=lambda: triton.candidates(heads),

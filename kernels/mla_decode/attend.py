@@ -60,8 +60,8 @@ def attention(
 ):  # fmt: skip
     tile, part = tl.program_id(0), tl.program_id(1)
     if PDL:
-        cuda.gdc_launch_dependents()
         cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     request, page = tl.load(begin + 2 * part), tl.load(begin + 2 * part + 1)
     end, end_page = tl.load(begin + 2 * part + 2), tl.load(begin + 2 * part + 3)
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -134,27 +134,55 @@ def _piece(k, first):
 
 
 @triton.jit
+def _join(joins, item, items, tiles):
+    """(request, its first part, its last part) of an item, none past the last."""
+    at, inside = joins + 3 * (item // tiles), item < items
+    return (
+        tl.load(at, mask=inside, other=0),
+        tl.load(at + 1, mask=inside, other=0),
+        tl.load(at + 2, mask=inside, other=-1),
+    )
+
+
+@triton.jit
 def join(
     joins, count, pieces, lse, out, rows, padded_rows,
-    KV_LORA: tl.constexpr, PARTS: tl.constexpr, DEEP: tl.constexpr, PDL: tl.constexpr,
+    KV_LORA: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        cuda.gdc_launch_dependents()
+    """out = the mean of a request's pieces, weighted by 2^lse. A program does ROWS rows, DEEP pieces at a time."""
+    tiles = tl.cdiv(rows, ROWS)
+    item, items = tl.program_id(0), tl.load(count) * tiles
+    request, first, last = _join(joins, item, items, tiles)
+    if PDL:  # `attention` lets this launch begin only after its own wait: the plan was there
         cuda.gdc_wait()
-    column = tl.arange(0, KV_LORA)
-    for item in range(tl.program_id(0), tl.load(count) * rows, tl.num_programs(0)):
-        one, row = item // rows, item % rows
-        request, first, last = tl.load(joins + 3 * one), tl.load(joins + 3 * one + 1), tl.load(joins + 3 * one + 2)
-        every = first + tl.arange(0, PARTS)
-        masses = tl.load(lse + _piece(every, first) * padded_rows + row, mask=every <= last, other=float("-inf"))
-        top = tl.max(masses)
-        whole = tl.sum(exp2_below(masses, top))
-        total = tl.zeros([KV_LORA], tl.float32)
+        cuda.gdc_launch_dependents()
+    column = tl.arange(0, KV_LORA)[None, :]
+    while item < items:
+        row = item % tiles * ROWS + tl.arange(0, ROWS)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        total = tl.zeros([ROWS, KV_LORA], tl.float32)
         for at in range(first, last + 1, DEEP):
-            k = at + tl.arange(0, DEEP)
-            slot = _piece(k, first).to(tl.int64) * padded_rows + row
-            mass = tl.load(lse + slot, mask=k <= last, other=float("-inf"))
-            piece = tl.load(pieces + slot[:, None] * KV_LORA + column[None, :], mask=(k <= last)[:, None], other=0.0)
-            total += tl.sum(piece.to(tl.float32) * exp2_below(mass, top)[:, None], 0)
-        total *= 1.0 / tl.where(whole > 0, whole, 1.0)
-        tl.store(out + (request.to(tl.int64) * rows + row) * KV_LORA + column, total.to(out.dtype.element_ty))
+            higher = top
+            for k in tl.static_range(DEEP):
+                higher = tl.maximum(higher, _lse(lse, at + k, first, last, row, padded_rows))
+            fade = exp2_below(top, higher)
+            total, mass, top = total * fade[:, None], mass * fade, higher
+            for k in tl.static_range(DEEP):
+                part = at + k
+                weight = exp2_below(_lse(lse, part, first, last, row, padded_rows), higher)
+                place = (_piece(part, first).to(tl.int64) * padded_rows + row)[:, None] * KV_LORA + column
+                piece = tl.load(pieces + place, mask=(part <= last) & (column >= 0), other=0.0)
+                total += piece.to(tl.float32) * weight[:, None]
+                mass += weight
+        total *= (1.0 / tl.where(mass > 0, mass, 1.0))[:, None]
+        at = (request.to(tl.int64) * rows + row)[:, None] * KV_LORA + column
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=(row < rows)[:, None])
+        item += tl.num_programs(0)
+        request, first, last = _join(joins, item, items, tiles)
+
+
+@triton.jit
+def _lse(lse, part, first, last, row, padded_rows):
+    at = lse + _piece(part, first).to(tl.int64) * padded_rows + row
+    return tl.load(at, mask=(part <= last) & (row >= 0), other=float("-inf"))

@@ -35,8 +35,8 @@ def attention(
         mbarrier.init(bars.index(k), count=2 if k == EMPTY or k == EMPTY + 1 or (k == Q_EMPTY and not MANY) else 1)
     fence_async_shared()
     if PDL:
-        cuda.gdc_launch_dependents()
         cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     feeding = (q, q_key, latents, keys, scales, qs, q_keys, pages, page_keys, bars, table, context, begin,
                rows, max_pages, latent_pitch, key_pitch, scale_pitch)  # fmt: skip
     if MANY:

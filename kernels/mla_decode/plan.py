@@ -6,7 +6,7 @@ request. A request that lies in one part is written at once; of one that spans s
 normalised sum over its pages and their log-sum-exp) and `join` adds the pieces in the order of the pages.
 
 After FlashMLA's tile schedule, but for the payload, which here is the smallest one for which the parts suffice: short
-contexts spread over all processors evenly.
+contexts spread over all processors evenly. One that cuts nothing, so that nothing is to be joined, may be `join` larger.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from common.pages import PAGE
 
 _PAGE = tl.constexpr(PAGE)
 _CANDIDATES = tl.constexpr(32)
+_NEVER = tl.constexpr(1 << 30)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _place(room, part, pages, payload, setup, least):
 
 
 @triton.jit
-def _plan(context, begin, joins, count, n, parts, setup, least, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+def _plan(context, begin, joins, count, n, parts, setup, least, join, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.int32)
     for at in range(0, n, BLOCK):
         i = at + tl.arange(0, BLOCK)
@@ -89,12 +90,16 @@ def _plan(context, begin, joins, count, n, parts, setup, least, PARTS: tl.conste
     # setup + least unused, so one of the candidates suffices.
     payload = tl.maximum(tl.cdiv(tl.sum(total), parts), setup + least) + tl.arange(0, _CANDIDATES)
     last = tl.zeros([_CANDIDATES], tl.int32)
+    cuts = tl.zeros([_CANDIDATES], tl.int32)
     room = payload
     for i in range(n):
         pages = tl.cdiv(tl.load(context + i), _PAGE)
         last, _, more, _, room = _place(room, last, pages, payload, setup, least)
         last += more
-    payload = tl.min(tl.where(last < parts, payload, 2147483647))
+        cuts += more
+    with_cuts = tl.min(tl.where(last < parts, payload, _NEVER))
+    without = tl.min(tl.where((last < parts) & (cuts == 0), payload, _NEVER))
+    payload = tl.where(without <= with_cuts + join, without, with_cuts)
 
     k = tl.arange(0, PARTS)
     tl.store(begin + 2 * k, tl.zeros([PARTS], tl.int32), mask=k == 0)
@@ -127,6 +132,6 @@ def plan_decode(context: Tensor, plan: DecodePlan) -> None:
     tile = plan.tile
     block = triton.next_power_of_2(plan.parts + 1)
     _plan[(1,)](
-        context, plan.begin, plan.joins, plan.count, len(context), plan.parts, tile["setup"], tile["least"], block, 256,
-        num_warps=1,
+        context, plan.begin, plan.joins, plan.count, len(context), plan.parts, tile["setup"], tile["least"],
+        tile["join"], block, 256, num_warps=1,
     )  # fmt: skip

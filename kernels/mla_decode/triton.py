@@ -17,24 +17,35 @@ from kernels.target import INTERPRETED, current, measured_tile
 __all__ = ["attend", "candidates", "decode_plan", "mla_decode", "plan_decode", "project", "projection_candidates"]
 
 
-def shape_key(rows: int, kv_lora: int, rope: int, fp8: bool) -> str:
+_SHORT = 1024  # tokens of context a request, up to which a tile may be another
+_NO_BOUND = 1 << 30
+
+
+def shape_key(rows: int, kv_lora: int, rope: int, fp8: bool, max_context: int = _NO_BOUND) -> str:
     """The name of a shape in tiles.json; its buckets are numbers of requests."""
-    return f"{rows} rows, {kv_lora}+{rope}, {'fp8' if fp8 else 'bf16'}"
+    kind = f"{rows} rows, {kv_lora}+{rope}, {'fp8' if fp8 else 'bf16'}"
+    return f"{kind}, short" if max_context <= _SHORT else kind
 
 
-def tile_rule(requests: int, rows: int, kv_lora: int, rope: int, fp8: bool) -> dict[str, int]:
-    """`rows` query rows a program; a piece of a request has at least `least` pages, and costs as much as `setup` more.
+def tile_rule(
+    requests: int, rows: int, kv_lora: int, rope: int, fp8: bool, max_context: int = _NO_BOUND
+) -> dict[str, int]:
+    """`rows` query rows a program; a piece of a request has at least `least` pages, and costs as much as `setup` more;
+    to join pieces costs as much as `join` pages.
 
     The rest is for the portable body: `tokens` of a page at a time.
     """
     arch = current().arch
-    tile = {"rows": 16 if rows <= 16 else 32 if rows <= 32 else 64, "setup": 2, "least": 1, "programs": 1}
+    height = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    if height == 64 and requests * max_context <= 16 * _SHORT:
+        height = 16  # little to read: what counts is that all processors take part
+    tile = {"rows": height, "setup": 2, "least": 1, "join": 4, "programs": 1}
     body = {"hopper": int(arch == "sm_90" and not INTERPRETED), "tokens": 64, "warps": 8, "stages": 2}
     if arch == "gfx950":
         body |= {"tokens": 32, "warps": 4, "stages": 1}
     if arch == "gfx942":
         body |= {"tokens": 16, "warps": 4, "stages": 1}
-    measured = measured_tile(Path(__file__).parent, shape_key(rows, kv_lora, rope, fp8), requests)
+    measured = measured_tile(Path(__file__).parent, shape_key(rows, kv_lora, rope, fp8, max_context), requests)
     return measured or tile | body
 
 
@@ -42,19 +53,22 @@ def candidates(rows: int) -> list[dict[str, int]]:
     body = {"hopper": 1, "tokens": 64, "warps": 8, "stages": 2}
     heights = [16] if rows <= 16 else [16, 32] if rows <= 32 else [16, 32, 64]
     return [
-        {"rows": height, "setup": setup, "least": least, "programs": 1} | body
+        {"rows": height, "setup": setup, "least": least, "join": join, "programs": 1} | body
         for height in heights
-        for setup in (1, 2, 3, 5)
+        for setup in (1, 2, 4)
         for least in (1, 2, 4)
+        for join in (0, 4, 8)
     ]
 
 
 def decode_plan(
     requests: int, q_tokens: int, heads: int, kv_lora: int, rope: int, dtype: torch.dtype, device: torch.device | str,
-    *, fp8: bool = False, tile: dict[str, int] | None = None, piece: torch.dtype | None = None,
+    *, fp8: bool = False, max_context: int = _NO_BOUND, tile: dict[str, int] | None = None,
+    piece: torch.dtype | None = None,
 ) -> DecodePlan:  # fmt: skip
-    """A plan for up to so many requests, to be filled by `plan_decode` in every step."""
-    tile = tile or tile_rule(requests, q_tokens * heads, kv_lora, rope, fp8)
+    """A plan for up to so many requests, to be filled by `plan_decode` in every step. `max_context`, where it is known,
+    chooses a faster tile for short contexts; longer ones are right all the same."""
+    tile = tile or tile_rule(requests, q_tokens * heads, kv_lora, rope, fp8, max_context)
     return DecodePlan.empty(requests, q_tokens, heads, kv_lora, rope, tile, current().processors, device, dtype, piece)
 
 
@@ -90,9 +104,11 @@ def attend(
             keys.stride(0), keys.stride(1), scale_pitch, *sizes, tile["tokens"], tile["rows"] < 64, fp8, PAGE, pdl,
             tile["stages"], num_warps=tile["warps"], **_pdl(pdl),
         )  # fmt: skip
-    join[(4 * current().processors,)](
-        plan.joins, plan.count, plan.pieces, plan.lse, out, rows, plan.lse.shape[1], kv_lora,
-        triton.next_power_of_2(plan.parts), 8, pdl, num_warps=4, **_pdl(pdl),
+    join_rows = max(1, 1024 // kv_lora)
+    programs = min(8 * current().processors, min(n, plan.parts) * triton.cdiv(rows, join_rows))
+    join[(programs,)](
+        plan.joins, plan.count, plan.pieces, plan.lse, out, rows, plan.lse.shape[1], kv_lora, join_rows, 16, pdl,
+        num_warps=4, **_pdl(pdl),
     )  # fmt: skip
 
 
