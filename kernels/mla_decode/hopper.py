@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
 from common.pages import PAGE
-from kernels.mla_decode.hopper_pages import BARRIERS, EMPTY, PAGE_TOKENS, Q_EMPTY, STAGES, feed, widen
+from kernels.mla_decode.hopper_pages import BARRIERS, CHUNKS, PAGE_TOKENS, Q_EMPTY, STAGES, feed, widen
 from kernels.mla_decode.hopper_rows import follow, lead, side
 
 
@@ -23,22 +23,24 @@ def attention(
     KV_LORA: gl.constexpr, ROPE: gl.constexpr, ROWS: gl.constexpr, FP8: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     MANY: gl.constexpr = ROWS == 64
-    PAGES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE_TOKENS, KV_LORA], q.dtype)
+    CHUNK: gl.constexpr = max(64, KV_LORA // CHUNKS)
+    COUNT: gl.constexpr = KV_LORA // CHUNK
+    PAGES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE_TOKENS, CHUNK], q.dtype)
     KEYS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PAGE_TOKENS, ROPE], q.dtype)
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, PAGE_TOKENS], q.dtype)
     qs = gl.allocate_shared_memory(q.dtype, [ROWS, KV_LORA], q.layout)
     q_keys = gl.allocate_shared_memory(q.dtype, [ROWS, ROPE], q_key.layout)
-    pages = gl.allocate_shared_memory(q.dtype, [STAGES, PAGE_TOKENS, KV_LORA], PAGES)
+    pages = gl.allocate_shared_memory(q.dtype, [STAGES * COUNT, PAGE_TOKENS, CHUNK], PAGES)
     page_keys = gl.allocate_shared_memory(q.dtype, [STAGES, PAGE_TOKENS, ROPE], KEYS)
     bars = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
     for k in gl.static_range(BARRIERS):
-        mbarrier.init(bars.index(k), count=2 if k == EMPTY or k == EMPTY + 1 or (k == Q_EMPTY and not MANY) else 1)
+        mbarrier.init(bars.index(k), count=2 if k == Q_EMPTY and not MANY else 1)
     fence_async_shared()
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     feeding = (q, q_key, latents, keys, scales, qs, q_keys, pages, page_keys, bars, table, context, begin,
-               rows, max_pages, latent_pitch, key_pitch, scale_pitch)  # fmt: skip
+               rows, max_pages, latent_pitch, key_pitch, scale_pitch, MANY)  # fmt: skip
     if MANY:
         weights = gl.allocate_shared_memory(q.dtype, [ROWS, PAGE_TOKENS], WEIGHTS)
         factors = gl.allocate_shared_memory(gl.float32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -50,7 +52,7 @@ def attention(
                 (widen if FP8 else feed, feeding),
             ],
             [4, 4 if FP8 else 1],
-            [160, 136] if FP8 else [200, 40],
+            [160, 144] if FP8 else [200, 40],
         )  # fmt: skip
     else:
         weights = gl.allocate_shared_memory(q.dtype, [2, ROWS, PAGE_TOKENS], WEIGHTS)
@@ -76,11 +78,11 @@ def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
 
-def page_descriptor(plane: Tensor) -> tuple[TensorDescriptor, int]:
-    """Of [pages, PAGE, width], as rows; and how many of its rows a page is."""
+def page_descriptor(plane: Tensor, columns: int) -> tuple[TensorDescriptor, int]:
+    """Of [pages, PAGE, width], as rows, so many columns at a time; and how many of its rows a page is."""
     pitch = plane.stride(0) // plane.stride(1)
     shape = (len(plane) - 1) * pitch + PAGE, plane.shape[2]
-    return descriptor(plane.as_strided(shape, plane.stride()[1:]), PAGE, shape[1]), pitch
+    return descriptor(plane.as_strided(shape, plane.stride()[1:]), PAGE, columns), pitch
 
 
 def attend(
@@ -93,7 +95,8 @@ def attend(
     flat = q.view(-1, kv_lora + rope)
     queries = descriptor(flat, rows, kv_lora), descriptor(flat, rows, rope)
     if scales is None:
-        (pages, latent_pitch), (page_keys, key_pitch) = page_descriptor(latents), page_descriptor(keys)
+        pages, latent_pitch = page_descriptor(latents, max(64, kv_lora // CHUNKS.value))
+        page_keys, key_pitch = page_descriptor(keys, rope)
     else:
         pages, latent_pitch = latents.view(torch.int32), latents.stride(0) // 4
         page_keys, key_pitch = keys, keys.stride(0)

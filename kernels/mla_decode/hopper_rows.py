@@ -46,12 +46,15 @@ def _share(mass):
 
 
 @gluon.jit
-def _write(
-    out, pieces, result, row, column, request, rows, page, stop, length, ROWS: gl.constexpr, WIDTH: gl.constexpr
-):
-    """`row` and `column` broadcast to the result's shape. Returns (whether it is no piece, the piece's first row)."""
+def _place(pieces, request, rows, page, stop, length, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """(whether it is no piece, the piece's first row)"""
     whole = (page == 0) & (stop * PAGE_TOKENS >= length)
-    slot = (2 * gl.program_id(1) + (page == 0).to(gl.int32)).to(gl.int64) * (gl.num_programs(0) * ROWS)
+    return whole, (2 * gl.program_id(1) + (page == 0).to(gl.int32)).to(gl.int64) * (gl.num_programs(0) * ROWS)
+
+
+@gluon.jit
+def _store(out, pieces, result, row, column, whole, slot, request, rows, ROWS: gl.constexpr, WIDTH: gl.constexpr):
+    """`row` and `column` broadcast to the result's shape."""
     at = row.to(gl.int64) * WIDTH + column.to(gl.int64)  # in 64 bits, so that a thread's places differ by constants
     to = out + request.to(gl.int64) * rows * WIDTH
     if not whole:
@@ -60,6 +63,33 @@ def _write(
         gl.store(to + at, result.to(out.dtype.element_ty))
     else:
         gl.store(to + at, result.to(out.dtype.element_ty), mask=row < rows)
+
+
+@gluon.jit
+def _write(out, pieces, sums, share, column, request, rows, page, stop, length, WIDTH: gl.constexpr):
+    """The sums of the columns `column` and on, times `share`. Returns what _place does."""
+    ROWS: gl.constexpr = sums[0].shape[0]
+    CHUNK: gl.constexpr = sums[0].shape[1]
+    LAYOUT: gl.constexpr = sums[0].type.layout
+    whole, slot = _place(pieces, request, rows, page, stop, length, ROWS, WIDTH)
+    row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
+    for k in gl.static_range(len(sums)):
+        at = column + k * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, LAYOUT))[None, :]
+        _store(out, pieces, sums[k] * share[:, None], row, at, whole, slot, request, rows, ROWS, WIDTH)
+    return whole, slot
+
+
+@gluon.jit
+def _write_turned(out, pieces, sums, share, column, request, rows, page, stop, length, WIDTH: gl.constexpr):
+    """`_write`, [latent columns, rows]."""
+    CHUNK: gl.constexpr = sums[0].shape[0]
+    ROWS: gl.constexpr = sums[0].shape[1]
+    LAYOUT: gl.constexpr = sums[0].type.layout
+    whole, slot = _place(pieces, request, rows, page, stop, length, ROWS, WIDTH)
+    row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))[None, :]
+    for k in gl.static_range(len(sums)):
+        at = column + k * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))[:, None]
+        _store(out, pieces, sums[k] * share[None, :], row, at, whole, slot, request, rows, ROWS, WIDTH)
     return whole, slot
 
 
@@ -70,14 +100,24 @@ def _visible(scores, place, seen, first):
 
 
 @gluon.jit
-def _score(qs, q_keys, pages, page_keys, bars, step, LAYOUT: gl.constexpr):
-    """Starts the scores of a page, as soon as it is there."""
-    ROWS: gl.constexpr = qs.shape[0]
-    stage = step % STAGES
-    mbarrier.wait(bars.index(FULL + stage), (step // STAGES) & 1)
-    zero = gl.zeros([ROWS, PAGE_TOKENS], gl.float32, LAYOUT)
-    run = warpgroup_mma(qs, pages.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
-    return warpgroup_mma(q_keys, page_keys.index(stage).permute((1, 0)), run, is_async=True)
+def _wait_for_chunk(bars, step, chunk, COUNT: gl.constexpr):
+    """Its place among the pages' chunks."""
+    place = step % STAGES * COUNT + chunk
+    mbarrier.wait(bars.index(FULL + place), (step // STAGES) & 1)
+    return place
+
+
+@gluon.jit
+def _score(run, qs, q_keys, pages, page_keys, bars, step, FIRST: gl.constexpr, LAST: gl.constexpr):
+    """Starts what chunks FIRST to LAST add to the scores of a page, each as soon as it is there."""
+    CHUNK: gl.constexpr = pages.shape[2]
+    for chunk in gl.static_range(FIRST, LAST):
+        place = _wait_for_chunk(bars, step, chunk, pages.shape[0] // STAGES)
+        q = qs.slice(chunk * CHUNK, CHUNK, 1)
+        run = warpgroup_mma(q, pages.index(place).permute((1, 0)), run, use_acc=chunk > 0, is_async=True)
+        if chunk == 0:
+            run = warpgroup_mma(q_keys, page_keys.index(step % STAGES).permute((1, 0)), run, is_async=True)
+    return run
 
 
 @gluon.jit
@@ -96,113 +136,140 @@ def _weigh(scores, top, total, weights, factors, bars, sent):
 
 
 @gluon.jit
-def _add_values(coded, fade, acc, values):
-    """Starts acc * fade + weights values, the weights from registers."""
-    LAYOUT: gl.constexpr = acc.type.layout
-    acc = acc * gl.convert_layout(fade, gl.SliceLayout(1, LAYOUT))[:, None]
-    coded = gl.convert_layout(coded, gl.DotOperandLayout(0, LAYOUT, 2))
-    return warpgroup_mma(coded, values, warpgroup_mma_init(acc), is_async=True)
+def _zeros(ROWS: gl.constexpr, WIDTH: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
+    sums = ()
+    for _ in gl.static_range(COUNT):
+        sums = sums + (gl.zeros([ROWS, WIDTH], gl.float32, LAYOUT),)  # noqa: RUF005
+    return sums
+
+
+@gluon.jit
+def _add_values(weights, fade, sums, pages, step, FIRST: gl.constexpr):
+    """Starts sums * fade + weights values, for the chunks FIRST and on of a page."""
+    faded = ()
+    for k in gl.static_range(len(sums)):  # all of them first: none may be touched while products run
+        faded = faded + (warpgroup_mma_init(sums[k] * fade[:, None]),)  # noqa: RUF005
+    runs = ()
+    for k in gl.static_range(len(sums)):
+        values = pages.index(step % STAGES * (pages.shape[0] // STAGES) + FIRST + k)
+        runs = runs + (warpgroup_mma(weights, values, faded[k], is_async=True),)  # noqa: RUF005
+    return runs
+
+
+@gluon.jit
+def _values_added(runs, bars, step, FIRST: gl.constexpr, COUNT: gl.constexpr, LATER: gl.constexpr):
+    """The sums, once only LATER products are still under way; the chunks may be filled again."""
+    sums = ()
+    for k in gl.static_range(len(runs)):
+        sums = sums + (warpgroup_mma_wait(LATER + len(runs) - 1 - k, deps=(runs[k],)),)  # noqa: RUF005
+        mbarrier.arrive(bars.index(EMPTY + step % STAGES * COUNT + FIRST + k))
+    return sums
 
 
 @gluon.jit
 def lead(qs, q_keys, pages, page_keys, weights, factors, bars, context, begin, out, pieces, lse,
          scale, rows, heads, KV_LORA: gl.constexpr):  # fmt: skip
     ROWS: gl.constexpr = qs.shape[0]
-    HALF: gl.constexpr = KV_LORA // 2
+    CHUNK: gl.constexpr = pages.shape[2]
+    COUNT: gl.constexpr = KV_LORA // CHUNK
+    MINE: gl.constexpr = COUNT // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAGE_TOKENS, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    FACTORS: gl.constexpr = gl.SliceLayout(1, SUMS)
     first, first_page, end, cut, cut_page = part_of_program(begin)
     row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     ahead = rows // heads - 1 - row // heads  # tokens of this step that come after the row's own
     place = gl.arange(0, PAGE_TOKENS, gl.SliceLayout(0, SCORES))[None, :]
-    step, sent = gl.to_tensor(0), gl.to_tensor(0)
+    zero = gl.zeros([ROWS, PAGE_TOKENS], gl.float32, SCORES)
+    step, sent, asked = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for request in range(first, end):
         page = gl.where(request == first, first_page, 0)
         length = gl.load(context + request)
         stop = stop_of(length, request, cut, cut_page)
         top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-        acc = gl.zeros([ROWS, HALF], gl.float32, SUMS)
-        mbarrier.wait(bars.index(Q_FULL), (request - first) & 1)
+        sums = _zeros(ROWS, CHUNK, MINE, SUMS)
         if page < stop:
+            mbarrier.wait(bars.index(Q_FULL), asked & 1)
+            asked += 1
             seen = (length - ahead)[:, None]
-            run = _score(qs, q_keys, pages, page_keys, bars, step, SCORES)
+            run = _score(zero, qs, q_keys, pages, page_keys, bars, step, 0, COUNT)
             scores = warpgroup_mma_wait(0, deps=(run,)) * scale
             for i in range(page, stop - 1):
                 if rows > heads:  # else only the last page has hidden tokens
                     scores = _visible(scores, place, seen, i * PAGE_TOKENS)
-                coded, fade, top, total = _weigh(scores, top, total, weights, factors, bars, sent)
-                adding = _add_values(coded, fade, acc, pages.index(step % STAGES).slice(0, HALF, 1))
-                run = _score(qs, q_keys, pages, page_keys, bars, step + 1, SCORES)
-                acc = warpgroup_mma_wait(2, deps=(adding,))
-                mbarrier.arrive(bars.index(EMPTY + step % STAGES))
+                weight, fade, top, total = _weigh(scores, top, total, weights, factors, bars, sent)
+                weight, fade = gl.convert_layout(weight, WEIGHTS), gl.convert_layout(fade, FACTORS)
+                adding = _add_values(weight, fade, sums, pages, step, 0)
+                run = _score(zero, qs, q_keys, pages, page_keys, bars, step + 1, 0, MINE)
+                sums = _values_added(adding, bars, step, 0, COUNT, MINE + 1)
+                run = _score(run, qs, q_keys, pages, page_keys, bars, step + 1, MINE, COUNT)
                 scores = warpgroup_mma_wait(0, deps=(run,)) * scale
                 step += 1
                 sent += 1
+            mbarrier.arrive(bars.index(Q_EMPTY))
             scores = _visible(scores, place, seen, (stop - 1) * PAGE_TOKENS)
-            coded, fade, top, total = _weigh(scores, top, total, weights, factors, bars, sent)
-            adding = _add_values(coded, fade, acc, pages.index(step % STAGES).slice(0, HALF, 1))
-            acc = warpgroup_mma_wait(0, deps=(adding,))
-            mbarrier.arrive(bars.index(EMPTY + step % STAGES))
+            weight, fade, top, total = _weigh(scores, top, total, weights, factors, bars, sent)
+            weight, fade = gl.convert_layout(weight, WEIGHTS), gl.convert_layout(fade, FACTORS)
+            adding = _add_values(weight, fade, sums, pages, step, 0)
+            sums = _values_added(adding, bars, step, 0, COUNT, 0)
             step += 1
             sent += 1
-        mbarrier.arrive(bars.index(Q_EMPTY))
         share = _share(total)
         mbarrier.wait(bars.index(TAKEN), (sent & 1) ^ 1)
         factors.store(share)
         mbarrier.arrive(bars.index(SENT))
         sent += 1
-        acc = acc * gl.convert_layout(share, gl.SliceLayout(1, SUMS))[:, None]
-        line = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))[:, None]
-        column = gl.arange(0, HALF, gl.SliceLayout(0, SUMS))[None, :]
-        whole, slot = _write(out, pieces, acc, line, column, request, rows, page, stop, length, ROWS, KV_LORA)
+        share = gl.convert_layout(share, FACTORS)
+        whole, slot = _write(out, pieces, sums, share, 0, request, rows, page, stop, length, KV_LORA)
         gl.store(lse + slot + row, top + gl.log2(total), mask=(row >= 0) & (whole == 0))
 
 
 @gluon.jit
 def follow(pages, weights, factors, bars, context, begin, out, pieces, rows, KV_LORA: gl.constexpr):
     ROWS: gl.constexpr = weights.shape[0]
-    HALF: gl.constexpr = KV_LORA // 2
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    CHUNK: gl.constexpr = pages.shape[2]
+    COUNT: gl.constexpr = KV_LORA // CHUNK
+    FIRST: gl.constexpr = COUNT // 2
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
+    FACTORS: gl.constexpr = gl.SliceLayout(1, SUMS)
     first, first_page, end, cut, cut_page = part_of_program(begin)
-    row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))[:, None]
-    column = HALF + gl.arange(0, HALF, gl.SliceLayout(0, SUMS))[None, :]
     step, taken = gl.to_tensor(0), gl.to_tensor(0)
     for request in range(first, end):
         page = gl.where(request == first, first_page, 0)
         length = gl.load(context + request)
         stop = stop_of(length, request, cut, cut_page)
-        acc = gl.zeros([ROWS, HALF], gl.float32, SUMS)
+        sums = _zeros(ROWS, CHUNK, COUNT - FIRST, SUMS)
         for _ in range(page, stop):
-            stage = step % STAGES
             mbarrier.wait(bars.index(SENT), taken & 1)
-            acc = acc * factors.load(gl.SliceLayout(1, SUMS))[:, None]
-            mbarrier.wait(bars.index(FULL + stage), (step // STAGES) & 1)
-            run = warpgroup_mma(weights, pages.index(stage).slice(HALF, HALF, 1), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(run,))
+            for chunk in gl.static_range(FIRST, COUNT):
+                _wait_for_chunk(bars, step, chunk, COUNT)
+            adding = _add_values(weights, factors.load(FACTORS), sums, pages, step, FIRST)
+            sums = _values_added(adding, bars, step, FIRST, COUNT, 0)
             mbarrier.arrive(bars.index(TAKEN))
-            mbarrier.arrive(bars.index(EMPTY + stage))
             step += 1
             taken += 1
         mbarrier.wait(bars.index(SENT), taken & 1)
-        acc = acc * factors.load(gl.SliceLayout(1, SUMS))[:, None]
+        share = factors.load(FACTORS)
         mbarrier.arrive(bars.index(TAKEN))
         taken += 1
-        _write(out, pieces, acc, row, column, request, rows, page, stop, length, ROWS, KV_LORA)
+        _write(out, pieces, sums, share, FIRST * CHUNK, request, rows, page, stop, length, KV_LORA)
 
 
 @gluon.jit
-def _score_half(q_half, q_keys, pages, page_keys, bars, step, HALF: gl.constexpr, RIGHT: gl.constexpr,
+def _score_half(q, q_keys, pages, page_keys, bars, step, FIRST: gl.constexpr, LAST: gl.constexpr,
                 LAYOUT: gl.constexpr):  # fmt: skip
-    """Starts the scores, [tokens, rows], that half of the columns give; the left half's with the keys' columns."""
-    ROWS: gl.constexpr = q_half.shape[1]
-    stage = step % STAGES
-    mbarrier.wait(bars.index(FULL + stage), (step // STAGES) & 1)
-    zero = gl.zeros([PAGE_TOKENS, ROWS], gl.float32, LAYOUT)
-    half = pages.index(stage).slice(RIGHT * HALF, HALF, 1)
-    run = warpgroup_mma(half, q_half, zero, use_acc=False, is_async=True)
-    if not RIGHT:
-        run = warpgroup_mma(page_keys.index(stage), q_keys.permute((1, 0)), run, is_async=True)
+    """Starts the scores, [tokens, rows], that chunks FIRST to LAST of the columns give; the first's with the key's."""
+    ROWS: gl.constexpr = q.shape[0]
+    CHUNK: gl.constexpr = pages.shape[2]
+    run = gl.zeros([PAGE_TOKENS, ROWS], gl.float32, LAYOUT)
+    for chunk in gl.static_range(FIRST, LAST):
+        place = _wait_for_chunk(bars, step, chunk, pages.shape[0] // STAGES)
+        part = q.slice(chunk * CHUNK, CHUNK, 1).permute((1, 0))
+        run = warpgroup_mma(pages.index(place), part, run, use_acc=chunk > FIRST, is_async=True)
+        if chunk == 0:
+            run = warpgroup_mma(page_keys.index(step % STAGES), q_keys.permute((1, 0)), run, is_async=True)
     return run
 
 
@@ -229,52 +296,56 @@ def _weigh_turned(scores, top, total, weights):
 
 
 @gluon.jit
+def _add_turned(weights, fade, sums, pages, step, FIRST: gl.constexpr):
+    """`_add_values`, [latent columns, rows]."""
+    faded = ()
+    for k in gl.static_range(len(sums)):
+        faded = faded + (warpgroup_mma_init(sums[k] * fade[None, :]),)  # noqa: RUF005
+    runs = ()
+    for k in gl.static_range(len(sums)):
+        values = pages.index(step % STAGES * (pages.shape[0] // STAGES) + FIRST + k).permute((1, 0))
+        runs = runs + (warpgroup_mma(values, weights, faded[k], is_async=True),)  # noqa: RUF005
+    return runs
+
+
+@gluon.jit
 def side(qs, q_keys, pages, page_keys, weights, halves, bars, context, begin, out, pieces, lse,
          scale, rows, heads, KV_LORA: gl.constexpr, RIGHT: gl.constexpr):  # fmt: skip
     ROWS: gl.constexpr = qs.shape[0]
-    HALF: gl.constexpr = KV_LORA // 2
+    CHUNK: gl.constexpr = pages.shape[2]
+    COUNT: gl.constexpr = KV_LORA // CHUNK
+    FIRST: gl.constexpr = RIGHT * (COUNT // 2)
+    LAST: gl.constexpr = FIRST + COUNT // 2
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])  # of scores and sums
     first, first_page, end, cut, cut_page = part_of_program(begin)
     row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
     ahead = rows // heads - 1 - row // heads  # tokens of this step that come after the row's own
     place = gl.arange(0, PAGE_TOKENS, gl.SliceLayout(1, LAYOUT))[:, None]
-    q_half = qs.slice(RIGHT * HALF, HALF, 1).permute((1, 0))
     mine = weights.index(RIGHT).permute((1, 0))  # [tokens, rows]
-    step = gl.to_tensor(0)
+    step, asked = gl.to_tensor(0), gl.to_tensor(0)
     for request in range(first, end):
         page = gl.where(request == first, first_page, 0)
         length = gl.load(context + request)
         stop = stop_of(length, request, cut, cut_page)
         top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
         total = gl.zeros([PAGE_TOKENS, ROWS], gl.float32, LAYOUT)
-        acc = gl.zeros([HALF, ROWS], gl.float32, LAYOUT)
-        mbarrier.wait(bars.index(Q_FULL), (request - first) & 1)
-        if page < stop:
-            seen = (length - ahead)[None, :]
-            run = _score_half(q_half, q_keys, pages, page_keys, bars, step, HALF, RIGHT, LAYOUT)
+        sums = _zeros(CHUNK, ROWS, LAST - FIRST, LAYOUT)
+        mbarrier.wait(bars.index(Q_FULL), asked & 1, pred=page < stop)
+        asked += (page < stop).to(gl.int32)
+        seen = (length - ahead)[None, :]
+        for i in range(page, stop):
+            run = _score_half(qs, q_keys, pages, page_keys, bars, step, FIRST, LAST, LAYOUT)
             scores = _add_halves(warpgroup_mma_wait(0, deps=(run,)), halves, bars, step, RIGHT) * scale
-            for i in range(page, stop - 1):
-                if rows > heads:  # else only the last page has hidden tokens
-                    scores = _visible(scores, place, seen, i * PAGE_TOKENS)
-                fade, top, total = _weigh_turned(scores, top, total, mine)
-                values = pages.index(step % STAGES).slice(RIGHT * HALF, HALF, 1).permute((1, 0))
-                adding = warpgroup_mma(values, mine, warpgroup_mma_init(acc * fade[None, :]), is_async=True)
-                run = _score_half(q_half, q_keys, pages, page_keys, bars, step + 1, HALF, RIGHT, LAYOUT)
-                acc = warpgroup_mma_wait(1 if RIGHT else 2, deps=(adding,))
-                mbarrier.arrive(bars.index(EMPTY + step % STAGES))
-                step += 1
-                scores = _add_halves(warpgroup_mma_wait(0, deps=(run,)), halves, bars, step, RIGHT) * scale
-            scores = _visible(scores, place, seen, (stop - 1) * PAGE_TOKENS)
+            mbarrier.arrive(bars.index(Q_EMPTY), pred=i == stop - 1)
+            if (rows > heads) | (i == stop - 1):  # else only the last page has hidden tokens
+                scores = _visible(scores, place, seen, i * PAGE_TOKENS)
             fade, top, total = _weigh_turned(scores, top, total, mine)
-            values = pages.index(step % STAGES).slice(RIGHT * HALF, HALF, 1).permute((1, 0))
-            adding = warpgroup_mma(values, mine, warpgroup_mma_init(acc * fade[None, :]), is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(adding,))
-            mbarrier.arrive(bars.index(EMPTY + step % STAGES))
+            adding = _add_turned(mine, fade, sums, pages, step, FIRST)
+            sums = _values_added(adding, bars, step, FIRST, COUNT, 0)
             step += 1
-        mbarrier.arrive(bars.index(Q_EMPTY))
         mass = gl.sum(total, 0)
-        column = RIGHT * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LAYOUT))[:, None]
-        acc = acc * _share(mass)[None, :]
-        whole, slot = _write(out, pieces, acc, row[None, :], column, request, rows, page, stop, length, ROWS, KV_LORA)
+        whole, slot = _write_turned(
+            out, pieces, sums, _share(mass), FIRST * CHUNK, request, rows, page, stop, length, KV_LORA
+        )
         if not RIGHT:
             gl.store(lse + slot + row, top + gl.log2(mass), mask=(row >= 0) & (whole == 0))

@@ -6,7 +6,7 @@ request. A request that lies in one part is written at once; of one that spans s
 normalised sum over its pages and their log-sum-exp) and `join` adds the pieces in the order of the pages.
 
 After FlashMLA's tile schedule, but for the payload, which here is the smallest one for which the parts suffice: short
-contexts spread over all processors evenly. One that cuts nothing, so that nothing is to be joined, may be `join` larger.
+contexts spread over all processors evenly. One that cuts nothing may be `join` larger: nothing is to be joined then.
 """
 
 from __future__ import annotations

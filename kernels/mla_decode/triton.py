@@ -37,9 +37,9 @@ def tile_rule(
     """
     arch = current().arch
     height = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    if height == 64 and requests * max_context <= 16 * _SHORT:
+    if height == 64 and requests * max_context <= 8 * _SHORT:
         height = 16  # little to read: what counts is that all processors take part
-    tile = {"rows": height, "setup": 2, "least": 1, "join": 4, "programs": 1}
+    tile = {"rows": height, "setup": 2, "least": 1, "join": 8 if height == 64 else 3, "programs": 1}
     body = {"hopper": int(arch == "sm_90" and not INTERPRETED), "tokens": 64, "warps": 8, "stages": 2}
     if arch == "gfx950":
         body |= {"tokens": 32, "warps": 4, "stages": 1}
@@ -56,8 +56,8 @@ def candidates(rows: int) -> list[dict[str, int]]:
         {"rows": height, "setup": setup, "least": least, "join": join, "programs": 1} | body
         for height in heights
         for setup in (1, 2, 4)
-        for least in (1, 2, 4)
-        for join in (0, 4, 8)
+        for least in (1, 2)
+        for join in (2, 8)
     ]
 
 
