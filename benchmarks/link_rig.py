@@ -26,12 +26,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.link import ipc, naive, views
-from kernels.link.flags import BASE, FLAG, LIVE, all_heard, begin, let_next_begin, region_at, signal, word_at
+from kernels.link.flags import BASE, FLAG, LIVE, begin, let_next_begin, region_at, signal, word_at
 from kernels.link.layout import Region, SlabLayout
 from kernels.link.triton import combine, dispatch, give_back, take, wait
 from kernels.link.views import SENT, Peers, Requests
 from kernels.quant import Fp8Rows, dequantise, quantise_rows
-from kernels.target import current
 
 BOOT = 0x600D
 HANDSHAKE_SECONDS = 120.0  # the other side may be compiling
@@ -57,7 +56,7 @@ class Setup:
 class Variant:
     tokens: int
     tile: dict[str, int]
-    launches: int  # of the shard a layer. 1: all in one; 2: take, then echo and give back; 3: take, echo, give_back
+    launches: int  # of the shard a layer. 2: take, then echo and give back in one; 3: take, echo, give_back
 
 
 # ---- the echo -------------------------------------------------------------------------------------------------------
@@ -65,16 +64,14 @@ class Variant:
 
 @triton.jit
 def _echo(
-    data, scales, ids, weights, count, out, table, tickets, ok, budget, bound, hidden, reply_at,
-    TOPK: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, TAKES: tl.constexpr, SENDS: tl.constexpr,
-    TICKET: tl.constexpr, ARCH: tl.constexpr, PDL: tl.constexpr,
+    data, scales, ids, weights, count, out, table, tickets, ok, bound, hidden, reply_at,
+    TOPK: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, SENDS: tl.constexpr, TICKET: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     index, programs = tl.program_id(0), tl.num_programs(0)
     begin(PDL)
     let_next_begin(PDL)
     base, flag, live = tl.load(table + BASE), word_at(table, FLAG), tl.load(table + LIVE) != 0
-    if TAKES:
-        all_heard(table, 1, 1, ok, budget, ARCH, False)
     asked, answers = tl.minimum(tl.load(count), bound), live & (tl.load(ok) != 0)
     group, k, groups = tl.arange(0, GROUPS), tl.arange(0, K), hidden // 128
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -96,15 +93,14 @@ def _echo(
 def echo(requests: Requests, peers: Peers, layout: SlabLayout, region: Region, variant: Variant, out: Tensor) -> None:
     assert isinstance(requests.x, Fp8Rows)
     tile, tokens, hidden = variant.tile, variant.tokens, layout.hidden
-    # Programs that wait as well as signal take tickets: one that came late would find SENT advanced by another.
     programs = min(tile["programs"], tokens)
-    ticket = bool(tile["ticket"] or variant.launches == 1) and programs > 1
+    ticket = bool(tile["ticket"]) and programs > 1
     pdl = {"launch_pdl": True} if tile["pdl"] else {}
     _echo[(programs,)](
         requests.x.data, requests.x.scale, requests.ids, requests.weights, requests.count, out, peers.table,
-        peers.tickets, peers.ok, peers.budget, tokens, hidden, layout.region(region).reply * hidden * 2,
-        layout.topk, triton.next_power_of_2(layout.topk), triton.next_power_of_2(hidden // 128), variant.launches == 1,
-        variant.launches < 3, ticket, current().arch, bool(tile["pdl"]), num_warps=tile["warps"], **pdl,
+        peers.tickets, peers.ok, tokens, hidden, layout.region(region).reply * hidden * 2,
+        layout.topk, triton.next_power_of_2(layout.topk), triton.next_power_of_2(hidden // 128), variant.launches == 2,
+        ticket, bool(tile["pdl"]), num_warps=tile["warps"], **pdl,
     )  # fmt: skip
 
 
@@ -221,8 +217,7 @@ class Shard:
             region = region_of(layer)
             for end, slab in zip(self.ends, self.slabs, strict=True):
                 requests = views.requests(slab, layout, region)
-                if variant.launches > 1:
-                    take(end, layout, tokens, tile)
+                take(end, layout, tokens, tile)
                 echo(requests, end, layout, region, variant, self.local)
                 if variant.launches > 2:
                     give_back(self.local[:tokens], requests.count, end, layout, region, tile)

@@ -51,7 +51,7 @@ def named_variants(tokens: int) -> dict[str, Variant]:
 def swept_variants(tokens: int) -> dict[str, Variant]:
     from kernels.link.triton import candidates
 
-    return {str(tile): Variant(tokens, tile, launches) for tile in candidates(tokens) for launches in (2,)}
+    return {str(tile): Variant(tokens, tile, 2) for tile in candidates(tokens)}
 
 
 def measure(where: str, setup: Setup, named: dict[str, Variant], replays: int, rounds: int) -> list[dict]:

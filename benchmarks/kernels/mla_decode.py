@@ -13,6 +13,7 @@ from benchmarks.kernels import KernelCase, Launch
 from common.pages import PAGE
 from kernels.latent_cache import Fp8Latent, page_bytes
 from kernels.mla_decode import naive, triton
+from kernels.mla_decode.plan import DecodePlan
 from kernels.quant.naive import Fp8Rows, quantise_rows
 
 LATENT, ROPE, NOPE, V_DIM = 512, 64, 128, 128
@@ -58,8 +59,12 @@ def attention(n: int, context: int, heads: int, fp8: bool) -> KernelCase:
     def every(launch: Callable[[Inputs], Launch]) -> list[Launch]:
         return [launch(inputs(n, context, heads)) for _ in range(sets(size))]
 
+    def new_plan(tile: dict | None) -> DecodePlan:
+        kind = dict(fp8=fp8, max_context=context, tile=tile)
+        return triton.decode_plan(n, 1, heads, LATENT, ROPE, torch.bfloat16, "cuda", **kind)  # type: ignore[arg-type]
+
     def make(tile: dict | None) -> list[Launch]:
-        plan = triton.decode_plan(n, 1, heads, LATENT, ROPE, torch.bfloat16, "cuda", fp8=fp8, max_context=context, tile=tile)
+        plan = new_plan(tile)
 
         def ours(given: Inputs) -> Launch:
             q, cache, table, lengths = given
@@ -71,7 +76,7 @@ def attention(n: int, context: int, heads: int, fp8: bool) -> KernelCase:
 
     def check() -> float:
         q, cache, table, lengths = inputs(n, context, heads)
-        plan = triton.decode_plan(n, 1, heads, LATENT, ROPE, torch.bfloat16, "cuda", fp8=fp8, max_context=context)
+        plan = new_plan(None)
         out = torch.full_like(q[..., :LATENT], torch.nan)
         triton.plan_decode(lengths, plan)
         triton.attend(q, as_fp8(cache) if fp8 else cache, table, lengths, plan, SCALE, out)

@@ -58,8 +58,7 @@ def region_at(base, offset, dtype: tl.constexpr):
 
 @triton.jit
 def signal(entry, flag, ticket, index, programs, TICKET: tl.constexpr):
-    """The last thing of each of `programs` programs that write to this peer; `index` tells them apart. Where the same
-    programs also wait, they take tickets: SENT may not change before all of them have read it."""
+    """The last thing of each of `programs` programs that write to this peer; `index` tells them apart."""
     tl.debug_barrier()  # every thread's rows are written before one of them signals
     if TICKET:
         if tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == programs - 1:
@@ -74,19 +73,19 @@ def signal(entry, flag, ticket, index, programs, TICKET: tl.constexpr):
 
 
 @triton.jit
-def heard(entry, lead, ok, budget, fine, ARCH: tl.constexpr, ONE_WARP: tl.constexpr):
+def heard(entry, lead, ok, budget, fine, ARCH: tl.constexpr):
     """Whether the peer has given `lead` more signals than we have: waits for it, while `fine`, until the host aborts,
     another wait of the step fails or the budget is used up."""
     inbox = word_at(entry, INBOX)
     target = ((tl.load(entry + SENT) + lead) * STEP).to(tl.int32)
-    missing = _poll(inbox, ARCH, ONE_WARP) - target  # below 0: not yet
+    missing = _poll(inbox, ARCH) - target  # below 0: not yet
     if fine & (missing < 0):
         end = _now(ARCH) + tl.load(budget)
         abort, going = word_at(entry, ABORT), fine
         while going & (missing < 0):
             polls = 0
             while (missing < 0) & (polls < _POLLS):
-                missing = _poll(inbox, ARCH, ONE_WARP) - target
+                missing = _poll(inbox, ARCH) - target
                 polls += 1
             given_up = (tl.load(abort, volatile=True) != 0) | (tl.load(ok, volatile=True) == 0)
             going = (_now(ARCH) < end) & (given_up == 0)
@@ -94,21 +93,20 @@ def heard(entry, lead, ok, budget, fine, ARCH: tl.constexpr, ONE_WARP: tl.conste
 
 
 @triton.jit
-def all_heard(table, PEERS: tl.constexpr, LEAD: tl.constexpr, ok, budget, ARCH: tl.constexpr, ONE_WARP: tl.constexpr):
+def all_heard(table, PEERS: tl.constexpr, LEAD: tl.constexpr, ok, budget, ARCH: tl.constexpr):
     """Waits for every live peer in turn; clears `ok` if one is not heard."""
     fine = tl.load(ok, volatile=True) != 0
     for peer in range(PEERS):
         entry = table + peer * COLUMNS
         if tl.load(entry + LIVE) != 0:
-            fine = heard(entry, LEAD, ok, budget, fine, ARCH, ONE_WARP) & fine
+            fine = heard(entry, LEAD, ok, budget, fine, ARCH) & fine
     if fine == 0:
         tl.store(ok, 0)
 
 
 @triton.jit
-def _poll(flag, ARCH: tl.constexpr, ONE_WARP: tl.constexpr):
-    # A load is a shorter way to the L2 than an atomic, but every warp takes it, and 64 programs of 8 would crowd there.
-    if ONE_WARP and ARCH == "sm_90" and not _INTERPRETED:
+def _poll(flag, ARCH: tl.constexpr):
+    if ARCH == "sm_90" and not _INTERPRETED:
         return tl.inline_asm_elementwise(
             "ld.acquire.sys.global.b32 $0, [$1];", "=r,l", [flag], dtype=tl.int32, is_pure=False, pack=1
         )

@@ -139,7 +139,7 @@ def _wait(
 ):  # fmt: skip
     begin(PDL)
     let_next_begin(PDL and EARLY)
-    all_heard(table, PEERS, LEAD, ok, budget, ARCH, True)
+    all_heard(table, PEERS, LEAD, ok, budget, ARCH)
     let_next_begin(PDL and not EARLY)
 
 

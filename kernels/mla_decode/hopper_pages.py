@@ -78,15 +78,18 @@ def feed(q, q_key, latents, keys, scales, qs, q_keys, pages, page_keys, bars, ta
     step, turn = gl.to_tensor(0), gl.to_tensor(0)
     for request in range(first, end):
         page = gl.where(request == first, first_page, 0)
+        row = table + request * max_pages
+        held = gl.load(row + gl.minimum(page, max_pages - 1))  # while `context` is read; each next one a page ahead
         stop = stop_of(gl.load(context + request), request, cut, cut_page)
         for i in range(page, stop):
-            held = gl.load(table + request * max_pages + i)
+            following = gl.load(row + gl.minimum(i + 1, max_pages - 1))
             for k in gl.static_range(COUNT):
                 _feed_chunk(
                     latents, keys, held * latent_pitch, held * key_pitch, pages, page_keys, bars, step,
                     _chunk_of_turn(k, COUNT, MANY), COUNT,
                 )  # fmt: skip
             step += 1
+            held = following
             # A page's place is free before that of the last request's queries.
             _feed_queries(q, q_key, qs, q_keys, bars, request, rows, turn, i == page)
         turn += (page < stop).to(gl.int32)

@@ -11,8 +11,11 @@ from tests.kernel_cases import Case
 LATENT, ROPE = 512, 64
 
 
-def launch(heads: int, q_tokens: int = 1, fp8: bool = False, portable: bool = False, latent: int = LATENT) -> None:
-    tile = triton.tile_rule(4, heads * q_tokens, latent, ROPE, fp8)
+def launch(
+    heads: int, q_tokens: int = 1, fp8: bool = False, portable: bool = False, latent: int = LATENT,
+    max_context: int = 1 << 20,
+) -> None:  # fmt: skip
+    tile = triton.tile_rule(4, heads * q_tokens, latent, ROPE, fp8, max_context)
     tile = tile | {"hopper": int(current().arch == "sm_90" and not portable)}
     plan = triton.decode_plan(4, q_tokens, heads, latent, ROPE, torch.bfloat16, "cpu", fp8=fp8, tile=tile)
     if fp8:
@@ -36,6 +39,7 @@ def project(heads: int, tokens: int) -> None:
 
 CASES = [
     Case("R1", lambda: launch(128), hot=True),
+    Case("R1, short contexts", lambda: launch(128, max_context=1024), hot=True),
     Case("V2-Lite", lambda: launch(16), hot=True),
     Case("V2-Lite, 2 query tokens", lambda: launch(16, 2), hot=True),
     Case("small", lambda: launch(4, latent=128)),
