@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.expert_plan import plan_experts
 from kernels.experts import naive, triton
 from kernels.experts.naive import slot_table
-from kernels.experts.tiles import candidates, tile_for
+from kernels.experts.tiles import candidates, one_launch, tile_for
 from kernels.experts.work import ExpertWork
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows, quantise_rows
 from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, poisoned, same_from_graph
@@ -131,11 +131,22 @@ V2_LITE = 2048, 1408, 64, 6, torch.bfloat16
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("hidden", "inter", "experts", "topk", "dtype"), [R1, V2_LITE], ids=["R1", "V2-Lite"])
-@pytest.mark.parametrize("tokens", [1, 16, 64, 1024, 4096])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 9, 16, 64, 1024, 4096])
 def test_equals_naive_at_full_size(
     tokens: int, hidden: int, inter: int, experts: int, topk: int, dtype: torch.dtype
 ) -> None:
     check(tokens, hidden, inter, experts, list(range(experts)), topk, dtype, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("hidden", "inter", "experts", "topk", "dtype"), [R1, V2_LITE], ids=["R1", "V2-Lite"])
+@pytest.mark.parametrize("absent", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tokens", range(1, 9))
+def test_few_tokens_in_one_launch(
+    tokens: int, absent: float, hidden: int, inter: int, experts: int, topk: int, dtype: torch.dtype
+) -> None:
+    hidden, inter = (256, inter) if tokens % 2 else (hidden, 128)  # narrow: fewer tiles than processors, or short ones
+    check(tokens, hidden, inter, experts, list(range(1, experts, 3)), topk, dtype, one_launch(3), absent)
 
 
 @pytest.mark.gpu
@@ -159,7 +170,7 @@ def test_a_shard_at_full_size(tokens: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("hidden", "inter", "experts", "topk", "dtype"), [R1, V2_LITE], ids=["R1", "V2-Lite"])
-@pytest.mark.parametrize("tokens", [1, 32, 512])
+@pytest.mark.parametrize("tokens", [1, 8, 32, 512])
 def test_the_same_from_a_graph(
     tokens: int, hidden: int, inter: int, experts: int, topk: int, dtype: torch.dtype
 ) -> None:
@@ -181,7 +192,7 @@ def test_the_same_from_a_graph(
     def launch() -> None:
         run(x, ids, weights, gate_up, down, slots, out, work)
 
-    same_from_graph(launch, refill, (out,), runs=1000 if tokens < 512 else 100)
+    same_from_graph(launch, refill, (out,), runs=1000)
 
 
 def parts(x: Tensor | Fp8Rows) -> tuple[Tensor, ...]:

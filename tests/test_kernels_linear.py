@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.linear import LinearScratch, naive, triton
+from kernels.linear.tiles import LIBRARY, ring_tiles
 from kernels.quant.naive import Fp8Blocks, Fp8Rows, dequantise, quantise_blocks, quantise_rows
+from kernels.target import current
 from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, poisoned, same_from_graph
 
 E4M3 = torch.float8_e4m3fn
@@ -137,6 +141,20 @@ def test_bf16_equals_naive_at_full_size(tokens: int, n: int, k: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [E4M3, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("bm", "width", "splits", "ring", "deep", "resident"),
+    [(8, 1, 4, 2, 2, 2), (16, 4, 1, 3, 2, 1), (16, 2, 3, 2, 1, 2), (32, 3, 2, 2, 2, 1), (64, 1, 11, 2, 2, 1),
+     (64, 3, 2, 3, 1, 1), (64, 2, 3, 2, 2, 1), (128, 1, 2, 3, 2, 1)],
+)  # fmt: skip
+def test_rings(dtype: torch.dtype, bm: int, width: int, splits: int, ring: int, deep: int, resident: int) -> None:
+    """Filled once and often, an odd number of blocks, warpgroups past the last column, more splits than steps."""
+    tile = {"ring": ring, "BM": bm, "width": width, "splits": splits, "deep": deep, "resident": resident}
+    for n, k in [(72, 128), (200, 1152), (2112, 1280)]:
+        check(bm - 3, k, n, dtype, torch.bfloat16, "in place", tile)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(("n0", "n1"), [(128, 128), (128, 64), (128, 0), (64, 0)])
 @pytest.mark.parametrize("tokens", [1, 127, 300, 2112])
 @pytest.mark.parametrize("n", [64, 256, 320, 2112])
@@ -150,7 +168,7 @@ def test_every_width_for_many_tokens(n0: int, n1: int, tokens: int, n: int) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [64, 1000, 4096])
 def test_the_librarys_block_scales(tokens: int) -> None:
-    check(tokens, 7168, 2112, E4M3, torch.bfloat16, "none", triton.LIBRARY)
+    check(tokens, 7168, 2112, E4M3, torch.bfloat16, "none", LIBRARY)
 
 
 @pytest.mark.gpu
@@ -177,10 +195,14 @@ def test_the_same_from_a_graph(tokens: int, n: int, k: int, dtype: torch.dtype) 
 
 
 @pytest.mark.gpu
-def test_neighbours_do_not_change_a_row() -> None:
-    """One program ahead of another, with what it prefetches, and another's scratch: 200 launches on end."""
-    x, w, lent = activations(16, 7168, E4M3), weights(7168, 2112, E4M3), scratch()
-    outs = [poisoned(16, 2112, dtype=torch.bfloat16) for _ in range(200)]
-    for out in outs:
-        triton.linear(x, w, out, scratch=lent)
-    assert all(torch.equal(outs[0], out) for out in outs)
+@pytest.mark.parametrize("tokens", [16, 64])
+def test_neighbours_do_not_change_a_row(tokens: int) -> None:
+    """One launch ahead of another, with what it fetches early, and another's scratch: 200 launches on end. Each takes
+    for a residual what the one before it wrote."""
+    x, w, lent = activations(tokens, 7168, E4M3), weights(7168, 2112, E4M3), scratch()
+    for tile in [None, *ring_tiles(tokens, 2112, 7168, 1, current())[:4]]:
+        outs = [torch.zeros(tokens, 2112, device=DEVICE).bfloat16() for _ in range(201)]
+        for before, out in pairwise(outs):
+            triton.linear(x, w, out, scratch=lent, tile=tile)
+            triton.linear(x, w, before, add=out, scratch=lent, tile=tile)
+        assert all(torch.equal(outs[0], out) for out in outs[:-1])

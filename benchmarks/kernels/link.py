@@ -29,7 +29,7 @@ def cases() -> list[KernelCase]:
 def base_tile(tokens: int) -> dict[str, int]:
     """tile_rule's for the H200, without asking a GPU: this process must not open one outside MPS."""
     return {
-        "programs": tokens, "warps": 8, "ticket": 0, "places": 0, "pdl": 1, "early": 1,
+        "programs": tokens, "warps": 4, "ticket": 0, "places": 0, "pdl": 1, "early": 1,
     }  # fmt: skip
 
 

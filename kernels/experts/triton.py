@@ -160,16 +160,18 @@ def _grouped_product(
 @triton.jit
 def _sum_slots(rows, places, out, hidden, TOPK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """out[t] = sum over k, in order, of rows[places[t, k]]."""
+    t = tl.program_id(0).to(tl.int64)
+    place = ()
+    for k in tl.static_range(TOPK):  # of the plan: see grouped_ffn why they may be read before the wait
+        place += (tl.load(places + t * TOPK + k).to(tl.int64),)  # type: ignore[assignment]
     if PDL:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
-    t = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(TOPK):
-        place = tl.load(places + t * TOPK + k).to(tl.int64)
-        inside = (at < hidden) & (place >= 0)
-        total += tl.load(rows + place * hidden + at, mask=inside, other=0.0).to(tl.float32)
+        inside = (at < hidden) & (place[k] >= 0)
+        total += tl.load(rows + place[k] * hidden + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + t * hidden + at, total, mask=at < hidden)
 
 
@@ -178,8 +180,12 @@ def grouped_ffn(
 ) -> SlotRows:
     """Launches may overlap (PDL): each waits for the whole of the one before it, and lets the next start only after
     that, so what an earlier launch than the last wrote may be read before the wait."""
+    if "both" in work.tile:
+        from kernels.experts import few  # Gluon, which neither the interpreter nor AMD runs
+
+        return few.grouped_ffn(x, weights, gate_up, down, work)
     if "deep" in work.tile["gate_up"]:
-        from kernels.experts import hopper  # Gluon, which neither the interpreter nor AMD runs
+        from kernels.experts import hopper
 
         assert isinstance(x, Fp8Rows) and isinstance(gate_up, Fp8Blocks) and isinstance(down, Fp8Blocks)
         return hopper.grouped_ffn(x, weights, gate_up, down, work)

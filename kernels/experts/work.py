@@ -18,6 +18,7 @@ class ExpertWork:
     plan: ExpertPlan
     act: Tensor | Fp8Rows  # [pairs, inter], by place
     rows: Tensor  # [pairs, hidden], by place, weighted; before that, hopper.py's gathered rows of x
+    progress: Tensor  # int32 [1 + 2 * most_blocks], of few.py, whose launches leave it ready for the next
     tile: Mapping[str, Any]  # of tiles.tile_rule
 
     @staticmethod
@@ -39,7 +40,7 @@ class ExpertWork:
             from kernels.target import current
 
             coded = current().fp8
-            tile = tile or tile_for(tokens, topk, held, hidden, inter, fp8)
+            tile = tile or tile_for(tokens, topk, held, hidden, inter, fp8, dtype)
         tile = tile or {"rows": 16}
         act: Tensor | Fp8Rows
         if fp8:
@@ -47,4 +48,6 @@ class ExpertWork:
         else:
             act = torch.empty(pairs, inter, dtype=dtype, device=device)
         rows = torch.empty(pairs, hidden, dtype=dtype, device=device)
-        return ExpertWork(ExpertPlan.empty(tokens, topk, held, tile["rows"], device), act, rows, tile)
+        plan = ExpertPlan.empty(tokens, topk, held, tile["rows"], device)
+        progress = torch.zeros(1 + 2 * len(plan.blocks), dtype=torch.int32, device=device)
+        return ExpertWork(plan, act, rows, progress, tile)

@@ -7,17 +7,21 @@ from collections.abc import Iterator
 import torch
 
 from kernels.linear.naive import LinearScratch
-from kernels.linear.triton import LIBRARY, STREAMED, many_tile, stream_tile
+from kernels.linear.tiles import LIBRARY, STREAMED, many_tile, ring_tiles, ring_time, stream_tile
 from kernels.quant.naive import GROUP
 from kernels.target import current
 
+RINGS = 12
+
 
 def candidates(tokens: int, n: int, k: int, dtype: torch.dtype) -> list[dict]:
-    found = list(_streaming(tokens, n, k, dtype.itemsize)) if tokens <= 2048 else []
+    found = _ring(tokens, n, k, dtype.itemsize) if tokens <= STREAMED else []
+    if tokens <= 2048:
+        found += _streaming(tokens, n, k, dtype.itemsize)
     if dtype.itemsize > 1:
         return [LIBRARY, *found]
     if tokens >= STREAMED:
-        found += list(_many(tokens, n))
+        found += _many(tokens, n)
     return [*found, LIBRARY] if tokens > STREAMED and k % (4 * GROUP) == 0 else found
 
 
@@ -29,15 +33,23 @@ def _many(tokens: int, n: int) -> Iterator[dict]:
                 yield {"N0": n0, "N1": n1, "stages": stages, "deep": deep}
 
 
-def _streaming(tokens: int, n: int, k: int, itemsize: int) -> Iterator[dict]:
+def _ring(tokens: int, n: int, k: int, itemsize: int) -> list[dict]:
+    """Those of the least predicted time, and the first three in steps of one block instead of two."""
     target = current()
-    rule = stream_tile(tokens, n, k, itemsize, target)
+    tiles = ring_tiles(tokens, n, k, itemsize, target)
+    tiles = sorted(tiles, key=lambda tile: ring_time(tile, tokens, n, k, itemsize, target))[:RINGS]
+    return tiles + [tile | {"deep": 1, "ring": 2 * tile["ring"]} for tile in tiles[:3] if tile["deep"] == 2]
+
+
+def _streaming(tokens: int, n: int, k: int, itemsize: int) -> Iterator[dict]:
+    """One to four programs a processor, and no more than a wave of them."""
+    target = current()
+    rule = stream_tile(tokens, n, k, itemsize, target) | {"prefetch": 0}
     yield rule
     for bn in (64, 128):
         tiles = -(-tokens // rule["BM"]) * -(-n // bn)
         room = LinearScratch.PARTIALS // (tiles * rule["BM"] * bn)
         most = max(1, min(room, k // rule["BK"] // 2))
-        # One to four programs a processor, and no more than a wave of them.
         for programs in (1, 2, 3, 4):
             splits = min(most, programs * target.processors // tiles)
             if splits < 1 or (programs > 1 and splits == min(most, (programs - 1) * target.processors // tiles)):
@@ -45,8 +57,5 @@ def _streaming(tokens: int, n: int, k: int, itemsize: int) -> Iterator[dict]:
             stage = (rule["BM"] + bn) * GROUP + 4 * rule["BM"] + 32
             fit = (target.shared // programs - 2048) // stage
             for stages in sorted({min(fit, 4), min(fit, 8)}):
-                if stages < 3:
-                    continue
-                ahead = (16 << 20) // (n * splits * GROUP) * rule["BK"]
-                for pdl, prefetch in ((1, ahead), (1, 0), (0, 0)):
-                    yield rule | {"BN": bn, "splits": splits, "stages": stages, "pdl": pdl, "prefetch": prefetch}
+                if stages >= 3:
+                    yield rule | {"BN": bn, "splits": splits, "stages": stages}

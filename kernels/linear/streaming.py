@@ -127,7 +127,7 @@ def streaming(
         raise ValueError(f"{splits} splits of {tiles} tiles of {bm}x{bn} do not fit LinearScratch")
     if k % bk or (x_scale is not None and (bk != GROUP or GROUP % bn)):
         raise ValueError(f"a tile of {bn} columns by {bk} of K does not fit K = {k} and its scales")
-    tma, pdl = bool(tile.get("tma")) and _loaded_by_tma(x) and _loaded_by_tma(w), bool(tile.get("pdl"))
+    tma, pdl = bool(tile.get("tma")) and loaded_by_tma(x) and loaded_by_tma(w), bool(tile.get("pdl"))
     operands = (TensorDescriptor.from_tensor(x, [bm, bk]), TensorDescriptor.from_tensor(w, [bn, bk])) if tma else (x, w)
     _streaming[(tiles, splits)](
         operands[0], x_scale, operands[1], w_scale, w, add, out,
@@ -139,5 +139,5 @@ def streaming(
     )  # fmt: skip
 
 
-def _loaded_by_tma(matrix: Tensor) -> bool:
+def loaded_by_tma(matrix: Tensor) -> bool:
     return matrix.stride(0) * matrix.itemsize % 16 == 0 and matrix.data_ptr() % 16 == 0

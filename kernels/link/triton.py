@@ -239,11 +239,12 @@ def wait(peers: Peers, layout: SlabLayout, tokens: int, tile: dict | None = None
 
 
 def take(peers: Peers, layout: SlabLayout, tokens: int, tile: dict | None = None) -> None:
-    """The shard: until the worker has sent the next rows. What follows on the stream reads them in place."""
+    """The shard: until the worker has sent the next rows. What follows on the stream reads them in place.
+
+    The next launch must be a small one, as the plan's is: its programs may take their places already while this waits,
+    and ones that held much of a processor could keep a worker on the same GPU from sending the very rows."""
     tile = tile or tile_rule(layout, tokens)
-    # Never early: programs of the experts that hold their shared memory while they wait could keep a worker on the
-    # same GPU from running the very kernels that would send the rows.
-    _launch_wait(peers, SHARD, False, bool(tile["pdl"]))
+    _launch_wait(peers, SHARD, bool(tile["early"]), bool(tile["pdl"]))
 
 
 def combine(
@@ -307,7 +308,7 @@ def tile_rule(layout: SlabLayout, tokens: int) -> dict[str, int]:
     # Programs that stand ready must leave room for those they wait for: half of the processors at most.
     few = tokens <= current().processors // 2
     programs = min(2 * current().processors, STEP)
-    warps = max(1, min(8, layout.hidden // 512))
+    warps = max(1, min(4 if few else 8, layout.hidden // 512))
     return {
         "programs": programs, "warps": warps, "ticket": 0, "places": 256 * (tokens > ONE_LAUNCH),
         "pdl": int(nvidia), "early": int(few),

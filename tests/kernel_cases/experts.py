@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from kernels.experts.tiles import candidates, tile_rule
+from kernels.experts.tiles import candidates, one_launch, tile_rule
 from kernels.experts.triton import grouped_ffn, sum_slots
 from kernels.experts.work import ExpertWork
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
 from kernels.target import current
 from tests.kernel_cases import Case
 
-HELD, TOKENS = 2, 16  # of the tensors; tiles are those of the shape that a case names
+HELD = 2  # of the tensors; tiles are those of the shape that a case names
 
 
 def stack(rows: int, columns: int, fp8: bool) -> Tensor | Fp8Blocks:
@@ -21,15 +23,16 @@ def stack(rows: int, columns: int, fp8: bool) -> Tensor | Fp8Blocks:
 
 
 def launch(hidden: int, inter: int, topk: int, fp8: bool, tile: dict) -> None:
-    x: Tensor | Fp8Rows = torch.empty(TOKENS, hidden, dtype=torch.bfloat16)
-    work = ExpertWork.empty(TOKENS, topk, HELD, hidden, inter, False, "cpu", tile=tile)
+    tokens = 8 if "both" in tile else 16
+    x: Tensor | Fp8Rows = torch.empty(tokens, hidden, dtype=torch.bfloat16)
+    work = ExpertWork.empty(tokens, topk, HELD, hidden, inter, False, "cpu", tile=tile)
     if fp8:
-        x = Fp8Rows.empty(TOKENS, hidden, "cpu", current().fp8)
-        act = Fp8Rows.empty(TOKENS * topk, inter, "cpu", current().fp8)
-        work = ExpertWork(work.plan, act, work.rows, tile)
+        x = Fp8Rows.empty(tokens, hidden, "cpu", current().fp8)
+        act = Fp8Rows.empty(tokens * topk, inter, "cpu", current().fp8)
+        work = replace(work, act=act)
     gate_up, down = stack(hidden, 2 * inter, fp8), stack(inter, hidden, fp8)
-    part = grouped_ffn(x, torch.empty(TOKENS, topk), gate_up, down, work)
-    sum_slots(part, torch.empty(TOKENS, hidden, dtype=torch.bfloat16))
+    part = grouped_ffn(x, torch.empty(tokens, topk), gate_up, down, work)
+    sum_slots(part, torch.empty(tokens, hidden, dtype=torch.bfloat16))
 
 
 R1 = 7168, 2048, 8, True
@@ -46,6 +49,11 @@ def case(name: str, shape: tuple[int, int, int, bool], experts: int, tokens: int
 
 CASES = [case("R1", R1, 256, tokens) for tokens in (1, 512, 1024, 4096)]
 CASES += [case("V2-Lite", V2_LITE, 64, tokens) for tokens in (1, 256, 512, 1024)]
+if current().arch == "sm_90":
+    CASES += [
+        Case(f"{name}, one launch", lambda shape=shape, stages=stages: launch(*shape, one_launch(stages)), hot=True)
+        for name, shape, stages in (("R1", R1, 6), ("V2-Lite", V2_LITE, 13))
+    ]
 
 
 def candidate_cases() -> list[Case]:

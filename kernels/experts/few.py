@@ -1,0 +1,213 @@
+"""The routed experts' FFN for up to 8 tokens on sm_90 in one launch, in Gluon, so that memory never falls idle between
+the two products: a warp that feeds weights by TMA runs ahead into `down` while `gate_up` is being finished.
+
+A tile is a block of the plan by two strips of weight rows, on the M side of the tensor cores: gate and up of the same
+columns, or two neighbours of `down`. The N side has all the tokens in the first product and the block's places in the
+second; those that the tile has no use for are computed and dropped.
+
+Tiles are numbered, gate_up's first, and dealt out in that order by a counter. So whoever waits for a block's
+activations waits for programs that run already and that need nothing of anybody: no launch that shares the processor
+can keep them from finishing. A token's experts differ, so that a block has at most 8 places.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra import cuda
+
+from kernels.combine_norm.naive import SlotRows
+from kernels.experts.few_feed import TOKENS, N, deal, feed_rows, feed_weights, fence_proxies, hear
+from kernels.experts.work import ExpertWork
+from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
+from kernels.target import current
+
+_FP8_MAX = gl.constexpr(448.0)
+
+
+@gluon.jit
+def _accumulate(
+    ring, xs, full, empty, x_scale, w_scale, sx, s0, s1, inside, step,
+    STEPS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    """The tile's two sums, [strip, tokens]. Scaled ones leave the tensor cores every 128 of K: these keep 14 bits.
+    sx, s0, s1: where the scales of the tokens and the strips begin."""
+    STRIP: gl.constexpr = ring.shape[1]
+    zero = gl.zeros([STRIP, N], gl.float32, PART)
+    acc0, acc1 = zero, zero
+    for i in range(STEPS):
+        stage = step % STAGES
+        w0, w1, x = ring.index(2 * stage), ring.index(2 * stage + 1), xs.index(stage).permute((1, 0))
+        if SCALED:
+            scale = gl.load(x_scale + sx + i, mask=inside, other=0.0)
+            scale0, scale1 = scale * gl.load(w_scale + s0 + i), scale * gl.load(w_scale + s1 + i)
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            part0 = warpgroup_mma(w0, x, zero, use_acc=False, is_async=True)
+            part1 = warpgroup_mma(w1, x, zero, use_acc=False, is_async=True)
+            part0, part1 = warpgroup_mma_wait(0, deps=(part0, part1))
+            mbarrier.arrive(empty.index(stage), count=1)
+            acc0 += part0 * scale0[None, :]
+            acc1 += part1 * scale1[None, :]
+        else:
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            acc0 = warpgroup_mma(w0, x, acc0, is_async=True)
+            acc1 = warpgroup_mma(w1, x, acc1, is_async=True)
+            acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
+            mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    return acc0, acc1
+
+
+@gluon.jit
+def _place_of(places, token, tokens, first, count, TOPK: gl.constexpr):
+    """Each token's place among a block's, or -1."""
+    found = gl.full_like(token, -1)
+    for k in gl.static_range(TOPK):
+        place = gl.load(places + token * TOPK + k, mask=token < tokens, other=-1)
+        found = gl.where((place >= first) & (place < first + count), place, found)
+    return found
+
+
+@gluon.jit
+def _multiply(
+    ring, xs, indices, full, empty, x_scale, up_scale, act, act_scale, down_scale, out, gates,
+    pairs, places, blocks, counts, done, tokens,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, UPS: gl.constexpr, DOWNS: gl.constexpr, TOPK: gl.constexpr,
+    STAGES: gl.constexpr, SCALED: gl.constexpr,
+):  # fmt: skip
+    STRIP: gl.constexpr = ring.shape[1]
+    BK: gl.constexpr = ring.shape[2]
+    UP_STEPS: gl.constexpr = HIDDEN // BK
+    DOWN_STEPS: gl.constexpr = INTER // BK
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, BK // 4])
+    n = gl.arange(0, N, gl.SliceLayout(0, PART))
+    r = gl.arange(0, STRIP, gl.SliceLayout(1, PART))
+    cuda.gdc_wait()
+    count, step = gl.load(counts), 0
+    ups, total = count * UPS, count * (UPS + DOWNS)
+    index = hear(indices, full, step, STAGES)
+    while index < ups:
+        b, strip = index // UPS, index % UPS
+        slot, first, rows = gl.load(blocks + b * 3), gl.load(blocks + b * 3 + 1), gl.load(blocks + b * 3 + 2)
+        place = _place_of(places, n, tokens, first, rows, TOPK)
+        s0 = (slot * 2 * UPS + strip) * UP_STEPS
+        gate, up = _accumulate(
+            ring, xs, full, empty, x_scale, up_scale, n * UP_STEPS, s0, s0 + UPS * UP_STEPS, n < tokens, step,
+            UP_STEPS, STAGES, SCALED, PART,
+        )  # fmt: skip
+        step += UP_STEPS
+        value = gate / (1 + gl.exp(-gate)) * up
+        if SCALED:  # a strip is one group
+            scale = gl.maximum(gl.max(gl.abs(value), 0), 1e-10) / _FP8_MAX
+            gl.store(act_scale + place * UPS + strip, scale, mask=place >= 0)
+            value = gl.minimum(gl.maximum(value / scale[None, :], -_FP8_MAX), _FP8_MAX)
+        to = act + (place * INTER + strip * STRIP)[None, :] + r[:, None]
+        gl.store(to, value.to(act.dtype.element_ty), mask=(place >= 0)[None, :])
+        fence_proxies(gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])))
+        gl.thread_barrier()  # all have stored before one of them tells it
+        gl.atomic_add(done + b, 1, sem="release", scope="gpu")
+        index = hear(indices, full, step, STAGES)
+    while index < total:
+        b, strip = (index - ups) // DOWNS, (index - ups) % DOWNS
+        slot, first, rows = gl.load(blocks + b * 3), gl.load(blocks + b * 3 + 1), gl.load(blocks + b * 3 + 2)
+        gate = gl.load(gates + gl.load(pairs + first + n, mask=n < rows, other=0), mask=n < rows, other=0.0)
+        s0 = (slot * DOWNS + strip) * 2 * DOWN_STEPS
+        left, right = _accumulate(
+            ring, xs, full, empty, act_scale, down_scale, (first + n) * DOWN_STEPS, s0, s0 + DOWN_STEPS, n < rows, step,
+            DOWN_STEPS, STAGES, SCALED, PART,
+        )  # fmt: skip
+        step += DOWN_STEPS
+        to = out + ((first + n) * HIDDEN + strip * 2 * STRIP)[None, :] + r[:, None]
+        gl.store(to, (left * gate[None, :]).to(out.dtype.element_ty), mask=(n < rows)[None, :])
+        gl.store(to + STRIP, (right * gate[None, :]).to(out.dtype.element_ty), mask=(n < rows)[None, :])
+        index = hear(indices, full, step, STAGES)
+
+
+@gluon.jit
+def _few_rows(
+    x, act, up, down, to_act, act_scale, x_scale, up_scale, down_scale, out, gates, pairs, places, blocks, counts,
+    progress, tokens, most,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOPK: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
+):  # fmt: skip
+    """act[place] = silu(x[token] @ gate) * (x[token] @ up); out[place] = act[place] @ down * gates[pair].
+
+    `progress`: how many tiles have been dealt out; then, for even launches and for odd ones, how many tiles of each
+    block's activations are finished. A launch leaves behind what the next one finds at its start.
+    """
+    STRIP: gl.constexpr = up.block_type.shape[0]
+    BK: gl.constexpr = up.block_type.shape[1]
+    UPS: gl.constexpr = INTER // STRIP
+    DOWNS: gl.constexpr = HIDDEN // (2 * STRIP)
+    ring = gl.allocate_shared_memory(up.dtype, [2 * STAGES, STRIP, BK], up.layout)
+    xs = gl.allocate_shared_memory(up.dtype, [STAGES, N, BK], x.layout)
+    indices = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    told = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(told.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=1)
+    fence_async_shared()
+    index, odd = deal(progress)
+    done = progress + 1 + odd * most
+    gl.warp_specialize(
+        [
+            (_multiply, (ring, xs, indices, full, empty, x_scale, up_scale, to_act, act_scale, down_scale, out, gates,
+                         pairs, places, blocks, counts, done, tokens, HIDDEN, INTER, UPS, DOWNS, TOPK, STAGES, SCALED)),
+            (feed_weights, (up, down, ring, indices, told, full, empty, progress, index, odd, blocks, counts, most,
+                            HIDDEN, INTER, STAGES)),
+            (feed_rows, (x, act, xs, indices, told, full, blocks, counts, done, HIDDEN, INTER, UPS, DOWNS, STAGES)),
+        ],
+        [1, 1],
+        [40, 40],
+    )  # fmt: skip
+
+
+def grouped_ffn(
+    x: Tensor | Fp8Rows, weights: Tensor, gate_up: Tensor | Fp8Blocks, down: Tensor | Fp8Blocks, work: ExpertWork
+) -> SlotRows:
+    plan, act = work.plan, work.act
+    part, (tokens, topk), (held, hidden, _) = SlotRows(work.rows, plan.places), weights.shape, gate_up.data.shape
+    if not held or not plan.pairs.numel():
+        return part
+    scaled, inter, most = isinstance(act, Fp8Rows), act.data.shape[1], len(plan.blocks)
+    strip, wide = (GROUP, GROUP) if scaled else (64, 64)  # wide: elements of a step
+    if tokens > TOKENS or hidden % (2 * strip) or inter % strip or most > 64:  # a vector's length
+        raise ValueError(f"no tile for {tokens} tokens of {hidden} and {inter}")
+    programs = min(current().processors, most * (inter // strip + hidden // (2 * strip)))
+    (up, up_scale), (out, down_scale) = _rows_and_scale(gate_up), _rows_and_scale(down)
+    _few_rows[(programs,)](
+        _descriptor(x.data, TOKENS, wide), _descriptor(act.data, TOKENS, wide),
+        _descriptor(up, strip, wide), _descriptor(out, strip, wide),
+        act.data, getattr(act, "scale", None), getattr(x, "scale", None), up_scale, down_scale, work.rows, weights,
+        plan.pairs, plan.places, plan.blocks, plan.counts, work.progress, tokens, most,
+        hidden, inter, topk, work.tile["both"]["stages"], scaled, num_warps=4, maxnreg=128, launch_pdl=True,
+    )  # fmt: skip
+    return part
+
+
+def _rows_and_scale(stack: Tensor | Fp8Blocks) -> tuple[Tensor, Tensor | None]:
+    """As they lie in memory: [held * n, k]; raises where the stack is not a transposed view."""
+    held, k, n = stack.data.shape
+    scale = stack.scale.mT if isinstance(stack, Fp8Blocks) else None
+    if scale is not None and not scale.is_contiguous():
+        raise ValueError("scales lie as their weights: a transposed view")
+    return stack.data.mT.view(held * n, k), scale
+
+
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[matrix.dtype])
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
