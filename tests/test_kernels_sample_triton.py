@@ -168,6 +168,33 @@ def test_what_the_filters_leave_may_be_any_number(limits: tuple[int, float, floa
 
 
 @either_device
+@pytest.mark.parametrize("top_p", [0.3, 0.95])
+@pytest.mark.parametrize("spread", [0.5, 6.0])
+def test_top_p_alone(top_p: float, spread: float) -> None:
+    """Often it leaves the noisiest token, else the next candidate, and seldom must the slower way find one."""
+    torch.manual_seed(round(100 * top_p))
+    rows, vocab = (6, 2100) if DEVICE == "cpu" else (200, 9000)
+    params = replace(random_params(rows), top_k=torch.zeros(rows, dtype=torch.int64, device=DEVICE))
+    params.temperature.fill_(0.7)
+    params.top_p.fill_(top_p)
+    params.min_p.zero_()
+    check(random_logits(rows, vocab, spread, False, torch.float32), params)
+
+
+@either_device
+def test_many_that_might_be_the_noisiest_of_one_lane() -> None:
+    rows, vocab = 20, 1100
+    params = replace(random_params(rows), top_k=torch.zeros(rows, dtype=torch.int64, device=DEVICE))
+    params.temperature.fill_(1.0)
+    params.top_p.fill_(1.0)
+    params.min_p.zero_()
+    logits = torch.zeros(rows, vocab, device=DEVICE)
+    logits[:, :4] = 40.0
+    logits[:, 1028:1031] = 40.0
+    check(logits, params)
+
+
+@either_device
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's
 @pytest.mark.parametrize("kind", ["constant", "one possible", "nan"])
 def test_odd_rows_end_in_a_token(kind: str) -> None:

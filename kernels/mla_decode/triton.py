@@ -104,10 +104,11 @@ def attend(
             keys.stride(0), keys.stride(1), scale_pitch, *sizes, tile["tokens"], tile["rows"] < 64, fp8, PAGE, pdl,
             tile["stages"], num_warps=tile["warps"], **_pdl(pdl),
         )  # fmt: skip
-    join_rows = max(1, 1024 // kv_lora)
-    programs = min(8 * current().processors, min(n, plan.parts) * triton.cdiv(rows, join_rows))
-    join[(programs,)](
-        plan.joins, plan.count, plan.pieces, plan.lse, out, rows, plan.lse.shape[1], kv_lora, join_rows, 16, pdl,
+    most, programs = min(n, plan.parts) * rows, 8 * current().processors
+    deep = 32 if most <= 2 * current().processors else 16  # few rows may have many pieces
+    join_rows = max(1, 16384 // (deep * kv_lora))
+    join[(min(programs, triton.cdiv(most, join_rows)),)](
+        plan.joins, plan.count, plan.pieces, plan.lse, out, rows, plan.lse.shape[1], kv_lora, join_rows, deep, pdl,
         num_warps=4, **_pdl(pdl),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The second launch: one program a row makes a token, and logprobs, of what the first one left.
+"""The last launch: one program a row makes a token, and logprobs, of what the ones before left.
 
 A filtered row needs few of its logits again: what the filters leave lies in groups whose maximum reaches a bound that
 the maxima alone give, since at least as many tokens as maxima reach it. These groups, a chunk of CHUNK at a time, are
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
+from kernels.sample.nucleus import first_left, is_nucleus
 from kernels.sample.row import (
     LN2,
     adjusted,
@@ -31,12 +33,15 @@ NOTHING = tl.constexpr(-2139095041)  # ordered(-inf)
 
 @triton.jit
 def finish(
-    inputs, rules, out, wanted, logs, scratch, blocks,
-    BANS: tl.constexpr, APPROX: tl.constexpr, GROUP: tl.constexpr,
-    BLOCKS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr,
+    inputs, rules, out, wanted, logs, scratch, blocks, parts,
+    BANS: tl.constexpr, APPROX: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr, PARTS: tl.constexpr, GROUPS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    best, best_id, blocks_mass, maxima, raw_best, raw_mass, raw_maxima, found = scratch
+    best, best_id, blocks_mass, maxima, raw_best, raw_mass, raw_maxima, found, _scores, _values, _above = scratch
     s, vocab = tl.program_id(0).to(tl.int64), inputs[2]
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     groups = tl.cdiv(vocab, GROUP)
     found += s * groups
     at = tl.arange(0, BLOCKS)
@@ -46,12 +51,19 @@ def finish(
     if rules is not None:
         temperature, top_k, top_p, min_p, filtered = limits(rules, s)
         if filtered:
-            parts = tl.load(blocks_mass + here, mask=at < blocks, other=0.0)
-            total = tl.sum(parts * mass(scores, tl.max(scores), 1 / temperature))
+            masses = tl.load(blocks_mass + here, mask=at < blocks, other=0.0)
+            total = tl.sum(masses * mass(scores, tl.max(scores), 1 / temperature))
             key = noise_key(tl.load(rules[4] + s), tl.load(rules[5] + s))
-            keys = _keys(maxima + s * groups, groups, GROUPS)
-            rule = temperature, top_k, top_p, min_p, key, total
-            token = _filtered(inputs, s, rule, keys, groups, found, BANS, APPROX, GROUP, CHUNK)
+            settled = False
+            if is_nucleus(rules, s):
+                token, settled = first_left(
+                    inputs, s, scratch, blocks, parts, key, temperature, top_p * total,
+                    BANS, APPROX, BLOCK, BLOCKS, PARTS,
+                )  # fmt: skip
+            if not settled:
+                keys = _keys(maxima + s * groups, groups, GROUPS)
+                rule = temperature, top_k, top_p, min_p, key, total
+                token = _filtered(inputs, s, rule, keys, groups, found, BANS, APPROX, GROUP, CHUNK)
     token = tl.minimum(token, vocab - 1)
     tl.store(out + s, token.to(tl.int64))
     if inputs[3] is not None:
@@ -61,8 +73,8 @@ def finish(
         if count >= 0:
             tops = tl.load(raw_best + here, mask=at < blocks, other=float("-inf"))
             top = tl.max(tops)
-            parts = tl.load(raw_mass + here, mask=at < blocks, other=0.0)
-            whole = top + tl.log2(tl.sum(parts * mass(tops, top, 1.0))) * LN2
+            masses = tl.load(raw_mass + here, mask=at < blocks, other=0.0)
+            whole = top + tl.log2(tl.sum(masses * mass(tops, top, 1.0))) * LN2
             raw = inputs[0], inputs[1], vocab, None, None, None
             tl.store(logs[0] + s, tl.load(inputs[0] + s * inputs[1] + token).to(tl.float32) - whole)
             if count > 0:

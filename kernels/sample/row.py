@@ -92,6 +92,66 @@ def noisiest(x, ids, key, temperature, APPROX: tl.constexpr):
 
 
 @triton.jit
+def noisiest_of_block(
+    inputs, s, x, first, key, temperature, BANS: tl.constexpr, APPROX: tl.constexpr, LANES: tl.constexpr
+):
+    """noisiest() of the whole block x, whose ids begin with `first`, for fewer instructions a logit.
+
+    Each of LANES threads finds the two greatest bounds of its logits, whose lowest bits give way to where they lie. The
+    few that might be the best are among these, or else noisiest() has to look.
+    """
+    WIDTH: tl.constexpr = x.shape[0] // LANES  # logits of a lane, in fours
+    at, lane = tl.arange(0, x.shape[0]), tl.arange(0, LANES)
+    from_first = key + first.to(tl.uint64) * GOLDEN  # noise of (key, first + i) is that of (from_first, i)
+    bound = x * (LOG2E / temperature) - _log2_high(from_first, at, APPROX)
+    if inputs[4] is not None or not APPROX:
+        # Else -inf becomes NaN below, which NVIDIA's maximum passes over; where many are masked that misses seconds.
+        bound = tl.maximum(bound, -3e38)
+    mark = at // (4 * LANES) * 4 + at % 4
+    bound = ((bound.to(tl.int32, bitcast=True) & -WIDTH) | mark).to(tl.float32, bitcast=True)
+    bound = tl.reshape(tl.permute(tl.reshape(bound, [WIDTH // 4, LANES, 4]), (1, 0, 2)), [LANES, WIDTH])
+    top, second = _two_best(bound, tl.full([LANES, WIDTH], float("-inf"), tl.float32))
+    best, winner, highest, lost = float("-inf"), 0x7FFFFFFF, tl.max(top), float("-inf")
+    while _most(highest) > best:
+        mine = lane == tl.min(tl.where(top == highest, lane, LANES))
+        place = highest.to(tl.int32, bitcast=True) & (WIDTH - 1)
+        token = first + place // 4 * (4 * LANES) + tl.min(tl.where(mine, lane, LANES)) * 4 + place % 4
+        score = adjusted(inputs, s, token, token >= 0, token, token, BANS) / temperature + _noise(key, token, APPROX)
+        if (score > best) | ((score == best) & (token < winner)):
+            best = score
+            winner = token
+        lost = tl.maximum(lost, tl.max(tl.where(mine & (second == float("-inf")), top, float("-inf"))))
+        top = tl.where(mine, second, top)
+        second = tl.where(mine, float("-inf"), second)
+        highest = tl.max(top)
+    if _most(lost) > best:
+        # All anew, from ids that the compiler cannot know to be the same: to keep bounds or x costs the registers.
+        ids = first + at + tl.minimum(winner, 0)
+        x = adjusted(inputs, s, ids, ids < inputs[2], first, first + x.shape[0] - 1, BANS)
+        best, winner = noisiest(x, ids, key, temperature, APPROX)
+    return best, winner
+
+
+@triton.jit
+def _two_best(top, second):
+    """The two greatest of each row's."""
+    if top.shape[1] > 1:
+        half: tl.constexpr = [top.shape[0], top.shape[1] // 2, 2]
+        a, b = tl.split(tl.reshape(top, half))
+        c, d = tl.split(tl.reshape(second, half))
+        return _two_best(tl.maximum(a, b), tl.maximum(tl.minimum(a, b), tl.maximum(c, d)))
+    else:
+        return tl.reshape(top, [top.shape[0]]), tl.reshape(second, [top.shape[0]])
+
+
+@triton.jit
+def _most(bound):
+    """No score is greater whose bound is `bound` but for its lowest bits; -inf for none."""
+    real = tl.maximum(bound, -3e38)
+    return tl.where(real > -3e38, (real + tl.abs(real) * 2.0**-16) * LN2 + (32 * LN2 + SLACK), float("-inf"))
+
+
+@triton.jit
 def _hash(key, ids):
     return mix(key + (ids + 1).to(tl.uint32).to(tl.uint64) * GOLDEN)
 

@@ -5,20 +5,27 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
-from kernels.sample.row import adjusted, first_best, limits, mass, noise_key, noisiest
+from kernels.sample.nucleus import is_nucleus
+from kernels.sample.row import adjusted, first_best, limits, mass, noise_key, noisiest_of_block
 
 
 @triton.jit
 def scan(
     inputs, rules, wanted, scratch,
-    BANS: tl.constexpr, APPROX: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    BANS: tl.constexpr, APPROX: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (block, row). Greedy and unfiltered rows: the block's winner. Filtered ones: its mass, and the maximum of
-    each GROUP, which bound the filters' thresholds. Rows that want logprobs: the same of the model's own logits."""
-    best, best_id, blocks_mass, maxima, raw_best, raw_mass, raw_maxima, _ = scratch
+    each GROUP, which bound the filters' thresholds; where top_p is the only filter the winner too. Rows that want
+    logprobs: the same of the model's own logits."""
+    best, best_id, blocks_mass, maxima, raw_best, raw_mass, raw_maxima, _found, scores, values, _above = scratch
     block, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     vocab = inputs[2]
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     ids = block * BLOCK + tl.arange(0, BLOCK)
     here = s * tl.num_programs(0) + block
     groups = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
@@ -40,10 +47,20 @@ def scan(
         top = tl.max(each)
         tl.store(best + here, top)
         tl.store(blocks_mass + here, tl.sum(mass(x, top, 1 / temperature)))
-    else:
-        score, token = first_best(x, ids)
-        if rules is not None and temperature > 0:
+    nucleus = False
+    if rules is not None:
+        nucleus = is_nucleus(rules, s)
+        if (temperature > 0) & (nucleus | (not filtered)):
             key = noise_key(tl.load(rules[4] + s), tl.load(rules[5] + s))
-            score, token = noisiest(x, ids, key, temperature, APPROX)
+            score, token = noisiest_of_block(inputs, s, x, block * BLOCK, key, temperature, BANS, APPROX, LANES)
+            tl.store(best_id + here, token)
+            if nucleus:
+                token = tl.minimum(token, vocab - 1)
+                tl.store(scores + here, score)
+                tl.store(values + here, adjusted(inputs, s, token, token >= 0, token, token, BANS))
+            else:
+                tl.store(best + here, score)
+    if temperature <= 0:
+        score, token = first_best(x, ids)
         tl.store(best + here, score)
         tl.store(best_id + here, token)

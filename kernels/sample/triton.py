@@ -9,17 +9,18 @@ from torch import Tensor
 
 from kernels.sample.finish import finish
 from kernels.sample.naive import Logprobs, Penalties, SampleParams
+from kernels.sample.nucleus import TRIES, weigh
 from kernels.sample.scan import scan
 from kernels.target import INTERPRETED, current, measured_tile
 
 GROUP = 32  # tokens whose maximum is kept: one line of memory, one word of a mask
-CHUNK = 128  # groups that the second launch holds in registers
+CHUNK = 128  # groups that the last launch holds in registers
 LEAST_BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class SampleScratch:
-    """What the first launch leaves for the second, for up to S rows."""
+    """What a launch leaves for the next ones, for up to S rows."""
 
     best: Tensor  # float32 [S, blocks]: a block's best score, or of a filtered row its best logit
     best_id: Tensor  # int32 [S, blocks], and its token
@@ -28,7 +29,10 @@ class SampleScratch:
     raw_best: Tensor  # the same of the model's own logits, where logprobs are wanted
     raw_mass: Tensor
     raw_maxima: Tensor
-    found: Tensor  # int32 [S, groups], of the second launch alone
+    found: Tensor  # int32 [S, groups], of the last launch alone
+    scores: Tensor  # float32 [S, blocks]: of a row with top_p alone, the best score of each block
+    values: Tensor  # and its logit
+    above: Tensor  # float32 [S, parts, TRIES], see nucleus.py
 
     @staticmethod
     def empty(rows: int, vocab: int, device: torch.device | str) -> SampleScratch:
@@ -39,28 +43,24 @@ class SampleScratch:
         return SampleScratch(
             numbers(blocks), numbers(blocks, torch.int32), numbers(blocks), numbers(groups),
             numbers(blocks), numbers(blocks), numbers(groups), numbers(groups, torch.int32),
+            numbers(blocks), numbers(blocks), numbers(blocks * TRIES.value),
         )  # fmt: skip
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, field.name) for field in fields(self))
 
 
-def tile_rule(rows: int, vocab: int) -> dict[str, int]:
-    """Blocks small enough that every processor has one, large enough that a row leaves few."""
-    block = 4096
-    while block > LEAST_BLOCK and rows * triton.cdiv(vocab, block) < 2 * current().processors:
-        block //= 2
-    return {"BLOCK": block, "warps": max(4, block // 512), "finish_warps": 8}
+def tile_rule() -> dict[str, int]:
+    """The same for any number of rows, so that a row's sums do not depend on the batch. A block of one warp needs no
+    barrier. PART: tokens that a program of nucleus.py weighs."""
+    return {"BLOCK": 1024, "warps": 1, "maxnreg": 168, "PART": 8192, "weigh_warps": 8, "finish_warps": 8}
 
 
-def candidates(rows: int, vocab: int) -> list[dict[str, int]]:
-    shapes = ((1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8), (4096, 16), (8192, 8), (8192, 16))
-    return [
-        {"BLOCK": block, "warps": warps, "finish_warps": finish_warps}
-        for block, warps in shapes
-        for finish_warps in (8, 16)
-        if block <= max(vocab, LEAST_BLOCK)
-    ]
+def candidates() -> list[dict[str, int]]:
+    first = [(1024, 1, 128), (1024, 1, 168), (1024, 2, 128), (2048, 2, 168), (2048, 4, 128)]
+    last = [(4096, 4, 8), (8192, 8, 8), (4096, 4, 4), (4096, 4, 16)]
+    names = "BLOCK", "warps", "maxnreg", "PART", "weigh_warps", "finish_warps"
+    return [dict(zip(names, (*a, *b), strict=True)) for a in first for b in last]
 
 
 def shape_name(logits: Tensor) -> str:
@@ -81,7 +81,7 @@ def sample(
     rows, vocab = logits.shape
     if not rows:
         return
-    tile = tile or measured_tile(Path(__file__).parent, shape_name(logits), rows) or tile_rule(rows, vocab)
+    tile = tile or measured_tile(Path(__file__).parent, shape_name(logits), 0) or tile_rule()
     blocks, groups = triton.cdiv(vocab, tile["BLOCK"]), triton.cdiv(vocab, GROUP)
     bans = None if banned is None or not len(banned[0]) else (*banned, len(banned[0]))
     most_bans = triton.next_power_of_2(len(banned[0])) if banned is not None and bans else 1
@@ -93,11 +93,22 @@ def sample(
     wanted = tops = None
     if logs is not None:
         wanted, tops = logs.wanted, (logs.chosen, logs.ids, logs.values, logs.ids.shape[1])
-    approx = not INTERPRETED and current().arch.startswith("sm")
+    approx, pdl = not INTERPRETED and current().arch.startswith("sm"), not INTERPRETED and current().arch == "sm_90"
+    block, padded = tile["BLOCK"], triton.next_power_of_2(blocks)
+    part = max(1, tile["PART"] // block)  # blocks
+    parts = triton.cdiv(blocks, part)
+    overlap: dict = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
     scan[(blocks, rows)](
-        inputs, rules, wanted, scratch.tensors(), most_bans, approx, GROUP, tile["BLOCK"], num_warps=tile["warps"]
-    )
+        inputs, rules, wanted, scratch.tensors(), most_bans, approx, GROUP, block,
+        min(32 * tile["warps"], block // 4), num_warps=tile["warps"], **overlap,
+        **({"maxnreg": tile["maxnreg"]} if pdl and penalties is None and mask is None else {}),
+    )  # fmt: skip
+    if rules is not None:
+        weigh[(rows, parts)](
+            inputs, rules, scratch.tensors(), blocks, most_bans, block, padded, part,
+            num_warps=tile["weigh_warps"], **overlap,
+        )  # fmt: skip
     finish[(rows,)](
-        inputs, rules, out, wanted, tops, scratch.tensors(), blocks, most_bans, approx, GROUP,
-        triton.next_power_of_2(blocks), triton.next_power_of_2(groups), CHUNK, num_warps=tile["finish_warps"],
+        inputs, rules, out, wanted, tops, scratch.tensors(), blocks, parts, most_bans, approx, GROUP, block, padded,
+        triton.next_power_of_2(parts), triton.next_power_of_2(groups), CHUNK, num_warps=tile["finish_warps"], **overlap,
     )  # fmt: skip
