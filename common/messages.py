@@ -12,6 +12,7 @@ Subjects (an id is letters, digits, `-` and `_`):
 | moecule.v1.worker.<id>.resume    | Resume -> StepTokens             | gateway -> worker      |
 | moecule.v1.worker.<id>.pages     | PagesChanged                     | worker -> scheduler    |
 | moecule.v1.worker.<id>.allpages  | GetPages -> PagesChanged         | scheduler -> worker    |
+| moecule.v1.worker.<id>.forget    | ForgetPages -> Ok                | gateway -> worker      |
 | moecule.v1.gateway.<id>.tokens   | StepTokens                       | worker -> gateway      |
 | moecule.v1.shard.<id>.load       | LoadPartitions -> Ok             | scheduler -> shard     |
 | moecule.v1.shard.<id>.attach     | Attach -> Attached               | worker -> shard        |
@@ -135,14 +136,26 @@ class ShardBeat(Message):
 # ---- requests and tokens --------------------------------------------------------------------------------------------
 
 
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What the output must be: `text` is a JSON schema, a regular expression or a grammar in Lark's notation as
+    llguidance reads it. Where `after` is a token's id the output is free up to and with that token (the end of the
+    model's reasoning)."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    after: int | None = None
+
+
 class Sampling(Message):
     """How one request is sampled. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 mean no limit.
 
     `seed` is always set by the gateway (random where the client gave none): the noise of the token at position i is a
-    function of (seed, i) alone. `logprobs` is the number of alternatives to report, None for no logprobs at all.
+    function of (seed, i) alone. `logprobs` is the number of alternatives to report, None for no logprobs at all;
+    `prompt_logprobs` the same of the prompt's tokens. max_tokens 0 only scores the prompt. Penalties as kernels/sample
+    has them: 0, 0 and 1 do nothing. `logit_bias` is added to the logits of these tokens.
     """
 
-    max_tokens: int
+    max_tokens: Count
     temperature: Annotated[float, Meta(ge=0)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     top_k: Count = 0
@@ -152,6 +165,12 @@ class Sampling(Message):
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MOST_LOGPROBS)] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
 
 
 class Generate(Message):
@@ -189,7 +208,8 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     """Tokens of one request from output index `index` on. The chunk with `finish` set is the last one.
 
     A token that ended the output (end of sequence, stop id) is included in `tokens` and named by `stop_token`.
-    `cached_tokens`: prompt tokens that were read from the prefix cache.
+    `cached_tokens`: prompt tokens that were read from the prefix cache. `prompt_logprobs`, in the first chunk of a
+    request that asked for them: one a prompt token, None for the first.
     """
 
     request_id: str
@@ -200,6 +220,7 @@ class TokenChunk(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] | None = None
     error: tuple[str, str] | None = None  # (code, message) of common.errors, with finish "error"
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 class StepTokens(Message):
@@ -237,6 +258,10 @@ class PagesChanged(Message):
 
 class GetPages(Message):
     pass
+
+
+class ForgetPages(Message):
+    """Empty the prefix cache: pages without an owner are free and no page's hash is known any more."""
 
 
 # ---- experts --------------------------------------------------------------------------------------------------------
@@ -322,8 +347,8 @@ class Metrics(Message):
 
 _decoder = msgspec.msgpack.Decoder(
     Ok | Failed | GatewayBeat | SchedulerBeat | WorkerBeat | ShardBeat | Generate | Assign | Assigned | StepTokens
-    | Abort | Resume | PagesChanged | GetPages | ExpertMap | GetMap | LoadPartitions | Attach | Attached | ExpertRows
-    | ExpertSums | GetMetrics | Metrics
+    | Abort | Resume | PagesChanged | GetPages | ForgetPages | ExpertMap | GetMap | LoadPartitions | Attach | Attached
+    | ExpertRows | ExpertSums | GetMetrics | Metrics
 )  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
 
