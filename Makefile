@@ -11,7 +11,18 @@ WORKERS ?= 1
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: serve test lint install clean
+define HELP
+make serve     set up .venv and start a cluster: WORKERS=$(WORKERS) SHARDS=$(SHARDS)
+make test      set up .venv, lint, type-check, run every test that needs no GPU
+make lint      mend and format what ruff can
+make settings  print the settings in force
+make clean     remove .venv and the caches
+
+`python -m services.gateway --help`, inside .venv, explains every setting.
+endef
+export HELP
+
+.PHONY: serve test lint settings help install clean
 
 serve: install
 	@honcho run python -m common.supervisor --check
@@ -25,6 +36,12 @@ test: install
 lint: install
 	ruff check --fix .
 	ruff format .
+
+settings: install
+	@honcho run python -m services.gateway --settings
+
+help:
+	@echo "$$HELP"
 
 install: $(STAMP)
 

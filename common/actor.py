@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from common.bus import Bus
+from common.cli import read_settings
 from common.clock import Clock, RealClock, within
 from common.errors import BusUnavailable, ConfigError, MoeculeError, NoResponders
 from common.log import actor_log, setup_logs
@@ -231,14 +232,17 @@ async def running(actor: Actor, *, wait_ready: bool = True) -> AsyncIterator[Run
 # ---- an actor's process
 
 
-def run_process(make: Callable[[Bus, Settings], Actor]) -> NoReturn:
-    """The body of services/<actor>/__main__.py. A configuration error ends it with one sentence and exit code 78."""
+def run_process(load: Callable[[], Callable[[Bus, Settings], Actor]]) -> NoReturn:
+    """The body of services/<actor>/__main__.py. A configuration error ends it with one sentence and exit code 78.
+
+    `load` imports the actor and returns what makes it: whoever asks for --help does not wait for torch.
+    """
     import uvloop
 
     try:
-        settings = Settings.from_env()
+        settings = read_settings(sys.argv[1:])
         setup_logs(settings)
-        uvloop.run(_live(make, settings))
+        uvloop.run(_live(load(), settings))
     except ConfigError as error:
         leave(EXIT_CONFIG, f"moecule: {error.message}")
     except BusUnavailable as error:

@@ -18,10 +18,26 @@ from common.errors import ConfigError
 
 PREFIX = "MOECULE_"
 ID_PATTERN = "^[A-Za-z0-9_-]{1,64}$"  # of an actor's id, which is a part of its subjects
+ID_WORDS = "1 to 64 letters, digits, - and _"
+_ORIGIN = r"(\*|[a-z][a-z0-9+.-]*://[^\s/,]+)"
+ORIGINS_PATTERN = rf"^{_ORIGIN}(\s*,\s*{_ORIGIN})*$"
+ORIGINS_WORDS = "* or origins like https://chat.example.com, with commas between"
+SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
 
-def setting(default: Any, doc: str, *, low: float | None = None, high: float | None = None, unit: str = "") -> Any:
-    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "unit": unit})
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    unit: str = "",
+    pattern: str = "",
+    says: str = "",
+) -> Any:
+    """`says`: the `pattern` of a text in words."""
+    meta = {"doc": doc, "low": low, "high": high, "unit": unit, "pattern": pattern, "says": says}
+    return dataclasses.field(default=default, metadata=meta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +49,23 @@ class Settings:
     host: str = setting("127.0.0.1", "address the gateway listens on")
     port: int = setting(8000, "port the gateway listens on", low=1, high=65535)
     nats_url: str = setting("nats://127.0.0.1:4222", "the NATS server")
-    id: str = setting("", "this actor's id (letters, digits, - and _); empty: made from its place in the Procfile")
+    id: str = setting(
+        "", "this actor's id; empty: made from its place in the Procfile", pattern=ID_PATTERN, says=ID_WORDS
+    )
     link: Literal["auto", "mailbox", "bus"] = setting("auto", "how rows reach the shards; auto: mailbox inside a node")
-    expert_copies: int = setting(1, "shards that hold each expert, as far as there are shards", low=1, high=16)
+    expert_copies: int = setting(
+        1, "shards that hold each expert, as far as there are shards", low=1, high=16, unit="shards"
+    )
     kv_pages: int = setting(0, "KV pages of 64 tokens; 0: a sixteenth of the memory, at most 4096", low=0, unit="pages")
-    max_batch: int = setting(64, "requests that run at a time on a worker", low=1, high=1024)
+    max_batch: int = setting(64, "requests that run at a time on a worker", low=1, high=1024, unit="requests")
     chunk_tokens: int = setting(256, "prompt tokens computed in one step", low=1, high=65536, unit="tokens")
-    queue_limit: int = setting(256, "requests a worker holds beside the running ones", low=0)
+    queue_limit: int = setting(256, "requests a worker holds beside the running ones", low=0, unit="requests")
     prefix_cache: bool = setting(True, "reuse the KV pages of equal prefixes")
     pin: bool = setting(False, "bind each worker and shard to processor cores of its own")
-    threads: int = setting(1, "intra-op threads of a worker or shard on CPU", low=1, high=256)
+    threads: int = setting(1, "intra-op threads of a worker or shard on CPU", low=1, high=256, unit="threads")
+    cors_origins: str = setting(
+        "", "web origins whose pages may call the gateway; *: all", pattern=ORIGINS_PATTERN, says=ORIGINS_WORDS
+    )
     body_limit: int = setting(4 << 20, "largest HTTP body", low=1024, unit="bytes")
     drain_seconds: float = setting(4.0, "how long a leaving actor finishes what is in flight", low=0, unit="s")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line shown")
@@ -52,25 +75,29 @@ class Settings:
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
         """Raises ConfigError naming the variable, what it holds and what it may hold."""
         environ = os.environ if environ is None else environ
-        hints = get_type_hints(cls)
         values = {}
         for field in dataclasses.fields(cls):
-            text = environ.get(PREFIX + field.name.upper())
-            if text is not None and text.strip() != "":
-                values[field.name] = _parse(field, hints[field.name], text.strip())
-        settings = cls(**values)
-        if settings.id and not re.fullmatch(ID_PATTERN, settings.id):
-            raise ConfigError(f"{PREFIX}ID is {settings.id!r}: use 1 to 64 letters, digits, - and _")
-        return settings
+            name = variable(field.name)
+            if text := environ.get(name, "").strip():
+                values[field.name] = parse(field.name, text, called=name)
+        return cls(**values)
 
     @property
     def served_name(self) -> str:
         return self.model_name or Path(self.model).resolve().name
 
 
+FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+KINDS: dict[str, Any] = get_type_hints(Settings)
+
+
+def variable(name: str) -> str:
+    return PREFIX + name.upper()
+
+
 def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
     """One sentence for each MOECULE_ variable that is no setting."""
-    known = {field.name.upper() for field in dataclasses.fields(Settings)}
+    known = {name.upper() for name in FIELDS}
     sentences = []
     for name in os.environ if environ is None else environ:
         if name.startswith(PREFIX) and (rest := name.removeprefix(PREFIX)) not in known:
@@ -79,28 +106,45 @@ def unknown_settings(environ: Mapping[str, str] | None = None) -> list[str]:
     return sentences
 
 
-def _parse(field: dataclasses.Field[Any], kind: Any, text: str) -> Any:
-    name, meta = PREFIX + field.name.upper(), field.metadata
-    if get_origin(kind) is Literal:
-        if text.lower() not in get_args(kind):
-            raise ConfigError(f"{name} is {text!r}: use one of {', '.join(get_args(kind))}")
-        return text.lower()
-    if kind is bool:
-        if text.lower() not in {"0", "1", "true", "false", "yes", "no", "on", "off"}:
-            raise ConfigError(f"{name} is {text!r}: use 1 or 0")
-        return text.lower() in {"1", "true", "yes", "on"}
-    if kind is str:
-        return text
-    try:
-        value = kind(text)
-    except ValueError:
-        word = "a whole number" if kind is int else "a number"
-        raise ConfigError(f"{name} is {text!r}: use {word}") from None
+def parse(name: str, text: str, called: str) -> Any:
+    """The value of the setting `name`. Raises ConfigError, whose sentence has the setting `called` so."""
+    meta = FIELDS[name].metadata
+    value = _value(KINDS[name], text)
+    if value is None or (meta["pattern"] and not re.fullmatch(meta["pattern"], text)):
+        raise ConfigError(f"{called} is {text!r}: use {form(name)}")
     low, high = meta["low"], meta["high"]
     if not ((low is None or value >= low) and (high is None or value <= high)):
-        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ConfigError(f"{name} is {text}: use {bounds}{' ' + meta['unit'] if meta['unit'] else ''}")
+        raise ConfigError(f"{called} is {text}: use {bounds(name)}")
     return value
+
+
+def form(name: str) -> str:
+    """In words, what a setting's text must look like."""
+    kind = KINDS[name]
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    words = {bool: "1 or 0", int: "a whole number", float: "a number"}
+    return words.get(kind) or FIELDS[name].metadata["says"] or "any text"
+
+
+def bounds(name: str) -> str:
+    """In words, between what a number must lie, and its unit; empty for any other setting."""
+    low, high, unit = (FIELDS[name].metadata[key] for key in ("low", "high", "unit"))
+    if low is None:
+        return ""
+    return (f"at least {low}" if high is None else f"from {low} to {high}") + (f" {unit}" if unit else "")
+
+
+def _value(kind: Any, text: str) -> Any:
+    """None if `text` is malformed."""
+    if get_origin(kind) is Literal:
+        return text.lower() if text.lower() in get_args(kind) else None
+    if kind is bool:
+        return SWITCH.get(text.lower())
+    try:
+        return kind(text)
+    except ValueError:
+        return None
 
 
 def node_id() -> str:

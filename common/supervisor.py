@@ -22,6 +22,8 @@ from common.preflight import check_all, warn_unknown
 from common.settings import Settings
 
 EXIT_CONFIG = 78
+EXIT_USAGE = 2
+USAGE = "use: python -m common.supervisor services.<actor> | --nats | --check"
 TICK_SECONDS = 0.1
 LONG_LIFE_SECONDS = 10.0  # a child that lived so long is restarted as if for the first time
 OTHERS_SPEAK_SECONDS = 3.0
@@ -186,9 +188,12 @@ def refuse(error: ConfigError, line: Line | None) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0] in ("-h", "--help"):
-        say("use: python -m common.supervisor services.<actor> | --nats | --check")
-        return 2
+    if arguments in (["-h"], ["--help"]):
+        print(f"{__doc__}\n{USAGE}")
+        return 0
+    if len(arguments) != 1:
+        say(USAGE)
+        return EXIT_USAGE
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     line: Line | None = None
     try:

@@ -245,7 +245,7 @@ async def test_within():
 # ---- an actor's process
 
 TOY_MAIN = """
-import asyncio, sys
+import asyncio, os
 from common.actor import Actor, run_process
 from common.messages import GatewayBeat
 
@@ -254,11 +254,11 @@ class Toy(Actor):
     async def start(self): print("started", flush=True)
     async def drain(self):
         print("draining", flush=True)
-        await asyncio.sleep(float(sys.argv[1]))
+        await asyncio.sleep(float(os.environ["TOY_DRAIN"]))
         print("drained", flush=True)
     def beat(self): return GatewayBeat(id=self.id, boot_id=self.boot_id, state=self.state)
 
-run_process(Toy)
+run_process(lambda: Toy)
 """
 
 
@@ -267,10 +267,10 @@ class Process:
         script = folder / "toy_main.py"
         script.write_text(TOY_MAIN)
         env = {k: v for k, v in os.environ.items() if not k.startswith("MOECULE_")}
-        env |= {"PYTHONPATH": str(REPO), "MOECULE_NATS_URL": nats_url}
+        env |= {"PYTHONPATH": str(REPO), "MOECULE_NATS_URL": nats_url, "TOY_DRAIN": str(drain)}
         env |= {f"MOECULE_{key.upper()}": value for key, value in settings.items()}
         self.popen = subprocess.Popen(
-            [sys.executable, str(script), str(drain)],
+            [sys.executable, str(script)],
             env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 

@@ -8,107 +8,28 @@ import math
 import socket
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import httpx
 import openai
 import pytest
-from openai.types.chat import ChatCompletion
 
-from common.actor import Running, running
+from common.actor import running
 from common.errors import ConfigError, ExpertsUnavailable, Overloaded
 from common.memory_bus import MemoryBroker, MemoryBus
-from common.messages import Generate, GetMetrics, Message, Metrics, subject
+from common.messages import GetMetrics, Message, Metrics, subject
 from common.model_config import ModelConfig
 from common.pages import page_hashes
 from common.settings import Settings
 from services.gateway.actor import Gateway
 from services.gateway.tokenizer import Tokenizer
-from tests.stub_worker import StubScheduler, StubWorker
-
-TOKENIZER = Tokenizer("models/tiny")
-EOS = 1
-QUESTION = [{"role": "user", "content": "What is 47 + 85?"}]
-PROMPT = [0, 3, 331, 273, 225, 24, 27, 305, 225, 28, 25, 35, 4, 2046, 203]
-
-
-def text_tokens(text: str) -> list[int]:
-    return TOKENIZER.encode_chat(text)
-
-
-@dataclass
-class Front:
-    """A gateway on a free port, a scheduler and a worker that answers with `worker.script`."""
-
-    gateway: Gateway
-    life: Running
-    worker: StubWorker
-    scheduler: StubScheduler
-    http: httpx.AsyncClient
-    client: openai.AsyncOpenAI
-
-    def says(self, text: str, *, stop_token: int | None = EOS) -> None:
-        tokens = text_tokens(text) + ([stop_token] if stop_token is not None else [])
-        self.worker.script = lambda _: tokens
-        self.worker.end = {"finish": "stop", "stop_token": stop_token}
-
-    @property
-    def sent(self) -> Generate:
-        return self.worker.admitted[-1]
-
-    async def chat(self, **fields) -> ChatCompletion:
-        return await self.client.chat.completions.create(**({"model": "tiny", "messages": QUESTION} | fields))
-
-    async def refused(self, status: int, path: str = "/v1/chat/completions", **fields) -> dict:
-        """The error of a body that must be refused with `status`."""
-        body = {"model": "tiny", "messages": QUESTION} | fields if "chat" in path else {"model": "tiny"} | fields
-        answer = await self.http.post(path, json=body)
-        assert answer.status_code == status, answer.text
-        error = answer.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
-        assert self.worker.admitted == [], "nothing was sent to a worker"
-        return error
+from tests.api_front import EOS, PROMPT, QUESTION, TOKENIZER, Front, make_front, text_tokens
 
 
 @pytest.fixture
 async def front() -> AsyncIterator[Front]:
     async for one in make_front(Settings(port=0, drain_seconds=0.3, body_limit=20_000)):
         yield one
-
-
-async def make_front(settings: Settings) -> AsyncIterator[Front]:
-    broker = MemoryBroker()
-    buses = [MemoryBus(broker) for _ in range(3)]
-    for bus in buses:
-        await bus.connect()
-    worker = StubWorker(buses[0], "worker-1", lambda _: [])
-    scheduler = StubScheduler(buses[1], worker)
-    await worker.start()
-    await scheduler.start()
-
-    async def beats() -> None:
-        while True:
-            await worker.beat()
-            await scheduler.beat()
-            await asyncio.sleep(0.1)
-
-    beating = asyncio.create_task(beats())
-    gateway = Gateway(buses[2], settings, actor_id="gateway-1")
-    async with running(gateway) as life:
-        url = f"http://127.0.0.1:{gateway.port}"
-        async with (
-            httpx.AsyncClient(base_url=url, timeout=20) as http,
-            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
-        ):
-            async with asyncio.timeout(5):
-                while gateway.peers.why_not_ready() or ("worker", "worker-1") not in gateway.peers.live():
-                    await asyncio.sleep(0.001)  # its first heartbeats are on their way
-            one = Front(gateway, life, worker, scheduler, http, client)
-            one.says("4+5=9</think>\n\nIt is 132.")
-            yield one
-            beating.cancel()
-    for bus in buses:
-        await bus.close()
 
 
 # ---- answers
@@ -298,7 +219,7 @@ async def test_completion_logprobs(front: Front) -> None:
     front.says("abc")
     answer = await front.client.completions.create(model="tiny", prompt="x", max_tokens=50, logprobs=2)
     found = answer.choices[0].logprobs
-    assert "".join(found.tokens) == "abc"
+    assert "".join(found.tokens) == "abc<｜end▁of▁sentence｜>", "the token that ended it is one of them, as at OpenAI"
     assert found.token_logprobs == [-0.5] * len(found.tokens)
     assert all(len(top) == 2 for top in found.top_logprobs)
     assert found.text_offset == [sum(map(len, found.tokens[:i])) for i in range(len(found.tokens))]
@@ -315,6 +236,15 @@ async def test_models(front: Front) -> None:
 # ---- refusals
 
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+
+def called(arguments: str) -> dict:
+    """A message of an assistant that calls a tool."""
+    call = {"id": "call-1", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
 @pytest.mark.parametrize(
     ("body", "says", "param"),
     [
@@ -322,7 +252,9 @@ async def test_models(front: Front) -> None:
         ({"messages": []}, "length >= 1", "messages"),
         ({"messages": [{"role": "user"}]}, "content is missing", "messages[0].content"),
         ({"messages": [{"role": "king", "content": "x"}]}, "'king'", "messages[0].role"),
-        ({"max_tokens": 0}, ">= 1", "max_tokens"),
+        ({"max_tokens": -1}, ">= 0", "max_tokens"),
+        ({"max_tokens": 0}, "at least 1 token, or for prompt_logprobs", "max_tokens"),
+        ({"max_completion_tokens": 0}, "at least 1 token", "max_completion_tokens"),
         ({"max_tokens": "3"}, "Expected `int | null`, got `str`", "max_tokens"),
         ({"temperature": -1}, ">= 0", "temperature"),
         ({"top_p": 0}, "> 0", "top_p"),
@@ -333,10 +265,33 @@ async def test_models(front: Front) -> None:
         ({"min_tokens": 9, "max_tokens": 8}, "more than the 8", "min_tokens"),
         ({"top_logprobs": 3}, "needs logprobs", "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "<= 20", "top_logprobs"),
-        ({"frequency_penalty": 0.5}, "not supported yet", "frequency_penalty"),
-        ({"logit_bias": {"5": 1}}, "not supported yet", "logit_bias"),
-        ({"tools": [{}]}, "not supported yet", "tools"),
-        ({"response_format": {"type": "json_object"}}, "not supported yet", "response_format"),
+        ({"frequency_penalty": 2.5}, "<= 2", "frequency_penalty"),
+        ({"presence_penalty": -2.5}, ">= -2", "presence_penalty"),
+        ({"repetition_penalty": 0}, "> 0", "repetition_penalty"),
+        ({"logit_bias": {"5": 101}}, "<= 100", "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "Expected `int`", "logit_bias"),
+        ({"logit_bias": {"2048": 1}}, "from 0 to 2047", "logit_bias"),
+        ({"logit_bias": dict.fromkeys(map(str, range(301)), 1)}, "length <= 300", "logit_bias"),
+        ({"prompt_logprobs": 21}, "<= 20", "prompt_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "need stream", "stream_options"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "send one of", "continue_final_message"),
+        ({"tools": [{"type": "function"}]}, "missing required field `function`", "tools[0].function"),
+        ({"tools": [TOOL]}, "not supported yet", "tools"),
+        ({"tool_choice": "required"}, "not supported yet", "tool_choice"),
+        ({"tool_choice": "perhaps"}, "'perhaps'", "tool_choice"),
+        ({"functions": [{}]}, "replaced it by tools", "functions"),
+        ({"messages": [{"role": "tool", "content": "9"}]}, "names the call", "messages[0].tool_call_id"),
+        (
+            {"messages": [*QUESTION, called("[1]")]},
+            "must be a JSON object",
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        (
+            {"messages": [called("{}") | {"role": "user", "content": "x"}]},
+            "only an assistant calls tools",
+            "messages[0].tool_calls",
+        ),
+        ({"metadata": {"a": 1}}, "Expected `str`", "metadata"),
     ],
 )
 async def test_a_wrong_chat_body_is_refused_with_its_path(front: Front, body: dict, says: str, param: str) -> None:
@@ -354,9 +309,10 @@ async def test_a_wrong_chat_body_is_refused_with_its_path(front: Front, body: di
         ({"prompt": [1, "a"]}, "mixes"),
         ({"prompt": [2048]}, "from 0 to 2047"),
         ({"prompt": [-1]}, "from 0 to 2047"),
-        ({"prompt": "x", "echo": True}, "echo is not supported yet"),
-        ({"prompt": "x", "tools": [{}]}, "tools is not supported yet"),
-        ({"prompt": "x", "response_format": {"type": "json_object"}}, "response_format is not supported yet"),
+        ({"prompt": "x", "suffix": "y"}, "does not fill in text before a suffix"),
+        ({"prompt": "x", "best_of": 3, "n": 2}, "ask for n = 3"),
+        ({"prompt": "x", "best_of": 1, "n": 2}, "less than n = 2"),
+        ({"prompt": "x", "max_tokens": 0}, "or for echo or prompt_logprobs"),
         ({"prompt": ["x"] * 65, "n": 2}, "limit of 128"),
         ({}, "missing required field `prompt`"),
     ],
@@ -365,10 +321,10 @@ async def test_a_wrong_completion_body_is_refused(front: Front, body: dict, says
     assert says in (await front.refused(400, "/v1/completions", **body))["message"]
 
 
-async def test_neutral_values_of_what_is_not_supported_are_taken(front: Front) -> None:
+async def test_values_that_ask_for_nothing_are_taken(front: Front) -> None:
     await front.chat(
         frequency_penalty=0, presence_penalty=0.0, logit_bias={}, response_format={"type": "text"}, tools=[],
-        extra_body={"unheard_of": 1, "tool_choice": None},
+        extra_body={"unheard_of": 1, "tool_choice": None, "functions": [], "stream_options": {"include_usage": False}},
     )  # fmt: skip
     assert len(front.worker.admitted) == 1
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
+from collections.abc import Sequence
+
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as HfTokenizer
 
-from services.gateway.detokenizer import Detokenizer
-from services.gateway.reasoning import CLOSE, ReasoningSplitter
+from common.messages import Sampling, TokenChunk, TokenLogprobs
+from services.gateway.detokenizer import Detokenizer, text_and_offsets
+from services.gateway.output import Delta, Output
+from services.gateway.prepare import Echo, Job
+from services.gateway.reasoning import CLOSE, OPEN, ReasoningSplitter
 from services.gateway.stops import StopStrings
 from services.gateway.tokenizer import Tokenizer
 
@@ -64,14 +70,14 @@ def stopped_at(text: str, stops: list[str]) -> str | None:
     return None
 
 
-def through_stops(pieces: list[str], stops: list[str]) -> tuple[list[str], bool]:
+def through_stops(pieces: list[str], stops: list[str]) -> tuple[list[str], str | None]:
     checker, shown = StopStrings(stops), []
     for piece in pieces:
         text, met = checker.push(piece)
         shown.append(text)
-        if met:
-            return shown, True
-    return [*shown, checker.flush()], False
+        if met is not None:
+            return shown, met
+    return [*shown, checker.flush()], None
 
 
 few = st.text(alphabet="ab\n", max_size=12)
@@ -81,7 +87,7 @@ few = st.text(alphabet="ab\n", max_size=12)
 def test_stop_strings_cut_the_same_however_the_text_is_cut(pieces: list[str], stops: list[str]) -> None:
     text, expected = "".join(pieces), stopped_at("".join(pieces), stops)
     shown, met = through_stops(pieces, stops)
-    assert met == (expected is not None)
+    assert (met is not None) == (expected is not None)
     assert "".join(shown) == (text if expected is None else expected)
 
 
@@ -131,3 +137,127 @@ def test_the_first_closing_tag_ends_the_reasoning(pieces: list[str]) -> None:
 )
 def test_reasoning(pieces: list[str], inside: bool, expected: tuple[str, str]) -> None:
     assert split(pieces, inside) == expected
+
+
+# ---- the whole way: tokens in chunks to what a client sees, against one look at all of the text
+
+PIECES = [
+    *(b"a", b"b", b"ab", b"ba\n", b"\n\n", b""),
+    *(b"\xf0", b"\x9f\xa6", b"\x80", b"\xf0\x9f", b"\xa6\x80a", b"\xc3", b"\xa9", "é🦀".encode()),
+    *(b"<", b"/think", b">", b"</think>", b"</th", b"ink>b", b"<think>"),
+]
+SCORE = TokenLogprobs(-1.0, (), ())
+some_tokens = st.lists(st.integers(0, len(PIECES)), max_size=24)  # the last id is beyond the tokenizer's
+some_stops = st.lists(st.text(alphabet="ab\né🦀\ufffd</think>", min_size=1, max_size=6), max_size=3)
+
+
+Reads = list[list[tuple[int, ...]]]  # tokens as they may come: some reads of some chunks of some tokens each
+some_reads = st.lists(st.lists(st.lists(st.integers(0, len(PIECES)), max_size=4).map(tuple), max_size=3), max_size=5)
+
+
+def complete_text(tokens: list[int]) -> str:
+    """The characters that are complete after these tokens."""
+    data = b"".join(PIECES[token] for token in tokens if token < len(PIECES))
+    return codecs.utf_8_decode(data, "replace", False)[0]
+
+
+def whole_text(tokens: list[int]) -> str:
+    return b"".join(PIECES[token] for token in tokens if token < len(PIECES)).decode(errors="replace")
+
+
+def cut_at_stop(tokens: list[int], stops: list[str], min_tokens: int, include: bool) -> tuple[str, str | None]:
+    """The definition: (the text a client sees, the stop string). Of all places after the first `min_tokens` tokens
+    where a stop string ends, the first one counts; of the strings that end there, the longest."""
+    text = whole_text(tokens)
+    first = len(complete_text(tokens[:min_tokens])) if len(tokens) > min_tokens else len(text)
+    for end in range(first + 1, len(text) + 1):
+        ending = [stop for stop in stops if text[:end].endswith(stop)]
+        if ending:
+            stop = max(ending, key=len)
+            return text[: end if include else end - len(stop)], stop
+    return text, None
+
+
+def run(reads: Reads, job: Job, *, split: bool = False, stop_token: int | None = None) -> Delta:
+    """All deltas joined, up to a stop string or the end of the tokens."""
+    output, total, index = Output(job, PIECES, split_reasoning=split), Delta(), 0
+    reads = [*reads, [() if stop_token is None else (stop_token,)]]
+    for n, read in enumerate(reads):
+        chunks = []
+        for m, tokens in enumerate(read):
+            last = (n, m) == (len(reads) - 1, 0)
+            ending = {"finish": "length" if stop_token is None else "stop", "stop_token": stop_token} if last else {}
+            chunks.append(TokenChunk("r", index, tokens, logprobs=(SCORE,) * len(tokens), **ending))
+            index += len(tokens)
+        total.add(output.push(chunks))
+        if total.finish:
+            break
+    return total
+
+
+def job(stops: Sequence[str] = (), min_tokens: int = 0, **others) -> Job:
+    return Job(0, (1,), (), Sampling(max_tokens=99, min_tokens=min_tokens), tuple(stops), **others)
+
+
+def flat(reads: Reads) -> list[int]:
+    return [token for read in reads for tokens in read for token in tokens]
+
+
+@settings(max_examples=500)
+@given(some_reads, some_stops, st.integers(0, 8), st.booleans())
+@example([[(0, 6)]], ["a\ufffd"], 0, False)  # half a character at the end completes a stop string
+@example([[(0, 6)]], ["ab"], 0, False)  # and follows what was held back for one
+def test_any_chunks_of_tokens_are_cut_as_the_whole_text_is(
+    reads: Reads, stops: list[str], min_tokens: int, include: bool
+) -> None:
+    seen = run(reads, job(stops, min_tokens, include_stop=include))
+    expected, stop = cut_at_stop(flat(reads), stops, min_tokens, include)
+    assert (seen.text, seen.stop_reason) == (expected, stop)
+    assert seen.finish == ("length" if stop is None else "stop")
+
+
+@settings(max_examples=500)
+@given(some_reads, some_stops, st.integers(0, 8), st.booleans())
+def test_reasoning_is_split_as_in_the_whole_text_cut_at_the_stop_string(
+    reads: Reads, stops: list[str], min_tokens: int, inside: bool
+) -> None:
+    seen = run(reads, job(stops, min_tokens, reasoning=inside), split=True)
+    text, _ = cut_at_stop(flat(reads), stops, min_tokens, include=False)
+    assert (seen.reasoning, seen.text) == split_at_once(text, inside)
+
+
+def split_at_once(text: str, inside: bool) -> tuple[str, str]:
+    """The definition: reasoning ends at the first closing tag; not begun by the prompt, it begins with its own tag."""
+    if not inside:
+        head = text.lstrip()
+        if not head.startswith(OPEN):
+            return "", text
+        text = head[len(OPEN) :]
+    reasoning, _, answer = text.partition(CLOSE)
+    return reasoning.lstrip("\n"), answer.lstrip("\n")
+
+
+@given(some_reads)
+def test_a_token_begins_where_the_text_before_it_ends(reads: Reads) -> None:
+    echo = Echo("prompt", (0,))
+    seen, tokens = run(reads, job(echo=echo)), flat(reads)
+    assert seen.text == echo.text + whole_text(tokens)
+    assert [s.offset for s in seen.scored] == [6 + len(complete_text(tokens[:i])) for i in range(len(tokens))]
+
+
+@given(some_tokens)
+def test_a_text_and_its_offsets_at_once(tokens: list[int]) -> None:
+    text, offsets = text_and_offsets(tokens, PIECES)
+    assert text == whole_text(tokens)
+    assert offsets == [len(complete_text(tokens[:i])) for i in range(len(tokens))]
+
+
+@pytest.mark.parametrize("include", [True, False])
+@given(some_reads, st.integers(0, len(PIECES) - 1))
+def test_the_token_that_ends_the_output_is_shown_only_if_asked_for(
+    include: bool, reads: Reads, stop_token: int
+) -> None:
+    seen, tokens = run(reads, job(include_stop=include, token_ids=True), stop_token=stop_token), flat(reads)
+    assert seen.text == whole_text([*tokens, stop_token] if include else tokens)
+    assert seen.tokens == [*tokens, stop_token]
+    assert [s.ending for s in seen.scored] == [False] * len(tokens) + [True]

@@ -7,14 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from common.messages import Generate, Sampling
+from common.messages import Generate, Sampling, TokenLogprobs
 from common.pages import PAGE, page_hashes
 from services.gpu_worker.pages import PageAllocator
 from services.gpu_worker.planner import Planner
 
 
-def request(prompt: list[int], *, max_tokens: int = 8, tenant: str = "", name: str = "r") -> Generate:
-    sampling = Sampling(max_tokens=max_tokens)
+def request(
+    prompt: list[int], *, max_tokens: int = 8, tenant: str = "", name: str = "r", scored: bool = False
+) -> Generate:
+    sampling = Sampling(max_tokens=max_tokens, prompt_logprobs=0 if scored else None)
     return Generate(request_id=name, gateway_id="g", prompt=tuple(prompt), sampling=sampling, tenant=tenant)
 
 
@@ -28,7 +30,11 @@ def step(p: Planner, token: int = 7) -> list[tuple[str, int, int]]:
     p.check()
     p.commit(plan)
     for chunk in plan.chunks:
+        if chunk.sequence.scores is not None:
+            assert not chunk.scored or chunk.scored.start == len(chunk.sequence.scores)
+            chunk.sequence.scores += [TokenLogprobs(-float(row), (), ()) for row in chunk.scored]
         if chunk.sampled:
+            assert chunk.sequence.scores is None or len(chunk.sequence.scores) == chunk.sequence.prompt_len - 1
             chunk.sequence.tokens.append(token)
     p.check()
     return [(c.sequence.request.request_id, c.start, c.rows) for c in plan.chunks]
@@ -76,6 +82,45 @@ def test_the_youngest_gives_its_pages_and_is_computed_again():
     assert young.tokens[: len(kept)] == kept
 
 
+def test_a_prompt_is_scored_once_and_only_what_is_scored_is_read_from_the_cache():
+    p = planner(pages=6, chunk=PAGE)
+    prompt = list(range(3 * PAGE))
+    step(p), p.add(request(prompt, name="plain")), step(p), step(p), step(p)
+    p.remove(p.running[0])
+    scored = p.add(request(prompt, name="scored", scored=True))
+    assert step(p) == [("scored", 0, PAGE)] and scored.cached == 0
+    assert [-score.logprob for score in scored.scores] == list(range(PAGE))
+    step(p), p._preempt(scored)
+    assert step(p) == [("scored", 2 * PAGE, PAGE)]
+    assert [-score.logprob for score in scored.scores] == list(range(3 * PAGE - 1))
+
+
+def test_a_forgotten_page_is_not_found_again_nor_what_was_computed_from_it():
+    p = planner(pages=12, chunk=PAGE)
+    prompt = list(range(4 * PAGE))
+    done = p.add(request([9] * PAGE, name="done"))
+    step(p)
+    p.remove(done)
+    old = p.add(request(prompt, name="old"))
+    step(p), step(p)
+    assert p.allocator.take_changes()[1] == [] and p.allocator.available == 12 - len(old.pages)
+    known = page_hashes([9] * PAGE, "m") + page_hashes(prompt, "m")[:2]
+    p.allocator.forget()
+    p.check()
+    assert set(p.allocator.take_changes()[1]) == set(known)
+    step(p), step(p)  # two more pages of `old`, of which nobody hears
+    young = p.add(request([*prompt, 1], name="young"))
+    step(p)
+    assert young.cached == 0 and p.allocator.take_changes()[0] == page_hashes(prompt, "m")[:1]
+    p._preempt(old)  # what it computes now is as good as anyone's
+    p.remove(young)
+    while old.computed < 4 * PAGE:
+        step(p)
+    assert p.allocator.take_changes()[0] == page_hashes(prompt, "m")[1:]
+    p.remove(old)
+    assert p.allocator.available == 12
+
+
 def test_tenants_take_turns():
     p = planner(pages=64, max_batch=1, chunk=10)
     for name in ("a1", "a2", "a3"):
@@ -109,11 +154,22 @@ class Arrivals(RuleBasedStateMachine):
         self.planner = planner(pages=6, max_batch=3, chunk=50)
         self.names = 0
 
-    @rule(length=st.integers(1, 4 * PAGE), shared=st.booleans(), out=st.integers(1, PAGE), tenant=st.sampled_from("ab"))
-    def arrive(self, length: int, shared: bool, out: int, tenant: str) -> None:
+    @rule(
+        length=st.integers(1, 4 * PAGE),
+        shared=st.booleans(),
+        out=st.integers(1, PAGE),
+        tenant=st.sampled_from("ab"),
+        scored=st.booleans(),
+    )
+    def arrive(self, length: int, shared: bool, out: int, tenant: str, scored: bool) -> None:
         self.names += 1
         prompt = [1 if shared else self.names] * length
-        self.planner.add(request(prompt, max_tokens=out, tenant=tenant, name=str(self.names)))
+        self.planner.add(request(prompt, max_tokens=out, tenant=tenant, name=str(self.names), scored=scored))
+
+    @rule()
+    def forget(self) -> None:
+        self.planner.allocator.forget()
+        assert not any(self.planner.allocator.knows(h) for s in self.planner.sequences() for h in s.hashes)
 
     @rule(steps=st.integers(1, 30))
     def run(self, steps: int) -> None:

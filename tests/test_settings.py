@@ -36,6 +36,12 @@ def test_each_kind_is_read():
         ("PREFIX_CACHE", "perhaps", "MOECULE_PREFIX_CACHE is 'perhaps': use 1 or 0"),
         ("DEVICE", "tpu", "MOECULE_DEVICE is 'tpu': use one of auto, cpu, cuda"),
         ("ID", "a.b", "MOECULE_ID is 'a.b': use 1 to 64 letters, digits, - and _"),
+        (
+            "CORS_ORIGINS",
+            "https://a.example/",
+            "MOECULE_CORS_ORIGINS is 'https://a.example/': use * or origins like https://chat.example.com, "
+            "with commas between",
+        ),
         ("ID", "x" * 65, f"MOECULE_ID is {'x' * 65!r}: use 1 to 64 letters, digits, - and _"),
     ],
 )

@@ -1,7 +1,13 @@
-"""`python -m services.gateway`."""
+"""The gateway: HTTP, tokenizer, chat template, detokenizer, stop strings, validation."""
 
-from common.actor import run_process
-from services.gateway.actor import Gateway
+from common.actor import Actor, run_process
+
+
+def load() -> type[Actor]:
+    from services.gateway.actor import Gateway
+
+    return Gateway
+
 
 if __name__ == "__main__":
-    run_process(Gateway)
+    run_process(load)

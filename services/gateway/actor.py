@@ -13,6 +13,8 @@ from common.messages import GatewayBeat, Message, WorkerBeat
 from common.model_config import ModelConfig
 from common.telemetry import render
 from services.gateway.app import App
+from services.gateway.cache import Forgotten, forget_pages
+from services.gateway.cors import Cors, origins_of
 from services.gateway.generate import Generator
 from services.gateway.metrics import GatewayMetrics, everyones_metrics
 from services.gateway.peers import Peers
@@ -42,8 +44,16 @@ class Gateway(Actor):
         self.streams = Streams(self.bus, self.id, self.peers, metrics, self.clock, self._spawn_unless_leaving, self.log)
         preparer = Preparer(settings, config, tokenizer, self.peers.most_cached_tokens)
         self.generator = Generator(preparer, self.streams, metrics, self.clock, self.log, settings.body_limit)
-        app = App(self.generator, metrics, self._why_not_ready, self._metrics_text, int(time.time()), self.log)
-        self.server = HttpServer(app, settings.host, settings.port)
+        app = App(
+            self.generator,
+            metrics,
+            self._why_not_ready,
+            self._metrics_text,
+            self._forget_pages,
+            int(time.time()),
+            self.log,
+        )
+        self.server = HttpServer(Cors(app, origins_of(settings.cors_origins)), settings.host, settings.port)
         self._subscriptions = [
             await self.bus.subscribe("moecule.v1.*.*.beat", self._on_beat),
             await self.streams.start(),
@@ -94,3 +104,6 @@ class Gateway(Actor):
 
     async def _metrics_text(self) -> str:
         return await everyones_metrics(self.bus, self.peers.live(), (self.id, render(self.metrics).text))
+
+    async def _forget_pages(self) -> Forgotten:
+        return await forget_pages(self.bus, [peer for kind, peer in self.peers.live() if kind == "worker"])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -15,16 +16,23 @@ from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from common.errors import InternalError, MethodNotAllowed, MoeculeError, NotFound, NoWorker, RequestCancelled
-from services.gateway.generate import JSON_HEADERS, Endpoint, Generator
+from services.gateway.bodies import decode_body
+from services.gateway.cache import Forgotten
+from services.gateway.docs_page import docs_page
+from services.gateway.generate import JSON_HEADERS, Endpoint, Generator, read_all
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.openapi import ModelCard, ModelList, Served, Status, document
 from services.gateway.protocol import ChatBody, CompletionBody
 from services.gateway.responses import error_body
+from services.gateway.responses_api import ResponsesEndpoint
+from services.gateway.tokenize import Counter, DetokenizeBody, TokenizeBody
 
-Handler = Callable[[Request], Awaitable[Response]]
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class App:
-    """`why_not_ready`: a sentence, empty when a worker can serve. `metrics_text`: the page of /metrics."""
+    """`why_not_ready`: a sentence, empty when a worker can serve. `metrics_text`: the page of /metrics. `forget_pages`:
+    empties the workers' prefix caches."""
 
     def __init__(
         self,
@@ -32,24 +40,35 @@ class App:
         metrics: GatewayMetrics,
         why_not_ready: Callable[[], str],
         metrics_text: Callable[[], Awaitable[str]],
+        forget_pages: Callable[[], Awaitable[Forgotten]],
         created: int,
         log: Any,
     ) -> None:
         self._preparer = generator.preparer
+        self._body_limit = generator.body_limit
+        self._warn_unknown = generator.warn_unknown
+        self._counter = Counter(generator.preparer)
         self._metrics = metrics
         self._why_not_ready = why_not_ready
         self._metrics_text = metrics_text
+        self._forget_pages = forget_pages
         self._created = created
         self._log = log
         self._router = Router(
             [
                 Route("/v1/completions", Endpoint(generator, CompletionBody), methods=["POST"]),
                 Route("/v1/chat/completions", Endpoint(generator, ChatBody), methods=["POST"]),
+                Route("/v1/responses", ResponsesEndpoint(generator), methods=["POST"]),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model),
+                Route("/tokenize", self._tokenize, methods=["POST"]),
+                Route("/detokenize", self._detokenize, methods=["POST"]),
+                Route("/reset_prefix_cache", self._reset_prefix_cache, methods=["POST"]),
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/metrics", self._metrics_page),
+                Route("/openapi.json", self._openapi),
+                Route("/docs", self._docs),
             ]
         )
         self._paths = {route.path for route in self._router.routes if isinstance(route, Route)}
@@ -95,33 +114,50 @@ class App:
 
     # ---- the small endpoints
 
-    def _card(self) -> dict[str, Any]:
-        return {
-            "id": self._preparer.name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "moecule",
-            "max_model_len": self._preparer.context,
-        }
+    def _card(self) -> ModelCard:
+        return ModelCard(id=self._preparer.name, created=self._created, max_model_len=self._preparer.context)
 
     async def _models(self, _: Request) -> Response:
-        return _json({"object": "list", "data": [self._card()]})
+        return _json(ModelList(data=[self._card()]))
 
     async def _model(self, request: Request) -> Response:
         self._preparer.check_model(request.path_params["name"])
         return _json(self._card())
 
+    async def _tokenize(self, request: Request) -> Response:
+        return _json(await self._counter.tokenize(await self._read(request, TokenizeBody)))
+
+    async def _detokenize(self, request: Request) -> Response:
+        return _json(await self._counter.detokenize(await self._read(request, DetokenizeBody)))
+
+    async def _reset_prefix_cache(self, _: Request) -> Response:
+        return _json(await self._forget_pages())
+
     async def _health(self, _: Request) -> Response:
-        return _json({"status": "alive"})
+        return _json(Status("alive"))
 
     async def _ready(self, _: Request) -> Response:
         if why := self._why_not_ready():
             raise NoWorker(why)
-        return _json({"status": "ready"})
+        return _json(Status("ready"))
 
     async def _metrics_page(self, _: Request) -> Response:
         text = await self._metrics_text()
         return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _openapi(self, request: Request) -> Response:
+        return Response(_pages(self._served(request))[0], media_type="application/json")
+
+    async def _docs(self, request: Request) -> Response:
+        return Response(_pages(self._served(request))[1], media_type="text/html")
+
+    def _served(self, request: Request) -> Served:
+        return Served(_base_url(request), self._preparer.name, self._preparer.config.vocab)
+
+    async def _read(self, request: Request, kind: type[Body]) -> Body:
+        body, unknown = decode_body(await read_all(request.scope, request.receive, self._body_limit), kind)
+        self._warn_unknown(unknown)
+        return body
 
 
 class _Tagged:
@@ -157,6 +193,21 @@ def _retry_headers(error: MoeculeError) -> list[tuple[bytes, bytes]]:
     if error.retry_after is None:
         return [(b"x-should-retry", b"false")]
     return [(b"retry-after", str(error.retry_after).encode())]
+
+
+@functools.lru_cache(maxsize=8)
+def _pages(served: Served) -> tuple[bytes, bytes]:
+    """The OpenAPI document and the page of docs, made once for each address that the gateway is reached at."""
+    found = document(served)
+    return msgspec.json.encode(found), docs_page(found).encode()
+
+
+def _base_url(request: Request) -> str:
+    """Where the client reached us, for examples that it can run as they are."""
+    host = request.headers.get("host", "")
+    if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):
+        host = "{}:{}".format(*request.scope["server"])
+    return f"http://{host}"
 
 
 def _json(value: Any) -> Response:

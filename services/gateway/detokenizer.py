@@ -26,6 +26,16 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
+def text_and_offsets(tokens: Sequence[int], pieces: Sequence[bytes]) -> tuple[str, list[int]]:
+    """The text of all tokens, and where in it each begins: how many characters are complete before it."""
+    detokenizer, texts, offsets, at = Detokenizer(pieces), [], [], 0
+    for token in tokens:
+        offsets.append(at)
+        texts.append(detokenizer.push(token))
+        at += len(texts[-1])
+    return "".join(texts) + detokenizer.flush(), offsets
+
+
 def byte_alphabet() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte, as byte-level BPE vocabularies are written: character -> byte."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Generic
 
 from starlette.types import Receive, Scope, Send
@@ -11,11 +12,12 @@ from starlette.types import Receive, Scope, Send
 from common.actor import first_leaf
 from common.clock import Clock
 from common.errors import BodyTooLarge, InvalidRequest, MoeculeError, RequestCancelled
+from services.gateway.bodies import decode_body
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.output import Delta, Output
-from services.gateway.prepare import Job, Preparer
-from services.gateway.protocol import Body, ChatBody, CompletionBody, read_body
-from services.gateway.responses import DONE, ChatStyle, TextStyle, Usage, Writer, error_event
+from services.gateway.prepare import Job, Preparer, off_loop
+from services.gateway.protocol import Body, ChatBody, CompletionBody, check
+from services.gateway.responses import DONE, ChatStyle, Style, TextStyle, Usage, Wanted, Writer, error_event
 from services.gateway.streams import Streams
 
 SSE_HEADERS = [
@@ -67,7 +69,7 @@ class Generator:
 
     async def _follow(self, job: Job, output: Output, on_delta: OnDelta) -> None:
         began = last = self._clock.now()
-        async with self._streams.open(job) as stream:
+        async with _blaming(job), self._streams.open(job) as stream:
             finish, first = None, True
             while finish is None:
                 delta = output.push(await stream.read())
@@ -103,18 +105,19 @@ class Endpoint(Generic[Body]):
             generator.metrics.running.set(generator.active)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body, unknown = read_body(await read_all(scope, receive, self._generator.body_limit), self._kind)
+        body, unknown = decode_body(await read_all(scope, receive, self._generator.body_limit), self._kind)
         self._generator.warn_unknown(unknown)
+        check(body)
         preparer = self._generator.preparer
         if isinstance(body, ChatBody):
             jobs = await preparer.chat(body)
-            style: Any = ChatStyle(preparer.tokenizer, body.alternatives)
+            style: Style = ChatStyle(preparer.tokenizer, Wanted.of(body))
         else:
             assert isinstance(body, CompletionBody)
             jobs = await preparer.completion(body)
-            style = TextStyle(preparer.tokenizer, body.alternatives)
+            style = TextStyle(preparer.tokenizer, Wanted.of(body))
         split = isinstance(body, ChatBody) and preparer.tokenizer.reasons
-        outputs = [Output(job, preparer.tokenizer.pieces, split_reasoning=split) for job in jobs]
+        outputs = [Output(job, preparer.pieces(body), split_reasoning=split) for job in jobs]
         include_usage = bool(body.stream) and body.include_usage
         writer = Writer(style, scope["moecule.request_id"], preparer.name, include_usage=include_usage)
         if body.stream:
@@ -131,7 +134,8 @@ class Endpoint(Generic[Body]):
             deltas[index].add(delta)
 
         await self._generator.run(jobs, outputs, receive, keep)
-        data = writer.whole(deltas, usage_of(body, jobs, outputs))
+        size = sum(map(_entries, deltas))
+        data = await off_loop(size, writer.whole, deltas, usage_of(body, jobs, outputs))
         await send({"type": "http.response.start", "status": 200, "headers": [*JSON_HEADERS, _length(data)]})
         await send({"type": "http.response.body", "body": data})
 
@@ -142,7 +146,7 @@ class Endpoint(Generic[Body]):
 
         async def pass_on(index: int, delta: Delta) -> None:
             usage = usage_of(body, jobs, outputs) if body.continuous_usage else None
-            await events.send(writer.part(index, delta, usage))
+            await events.send(await off_loop(_entries(delta), writer.part, index, delta, usage))
 
         try:
             await self._generator.run(jobs, outputs, receive, pass_on)
@@ -198,6 +202,22 @@ async def read_all(scope: Scope, receive: Receive, limit: int) -> bytes:
     if size > limit:
         raise BodyTooLarge(f"the body is larger than the limit of {limit} bytes")
     return bytes(body)
+
+
+@contextlib.asynccontextmanager
+async def _blaming(job: Job) -> AsyncIterator[None]:
+    """Whatever field asked for the grammar, workers call it response_format."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if error.param == "response_format" and job.grammar_field:
+            error.param = job.grammar_field
+        raise
+
+
+def _entries(delta: Delta) -> int:
+    """Tokens whose logprobs or ids are to be written."""
+    return len(delta.scored) + (len(delta.prompt.tokens) if delta.prompt else 0)
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -5,31 +5,49 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from common.errors import ConfigError, ContextLengthExceeded, InvalidRequest, ModelNotFound
-from common.messages import Sampling
+from common.messages import Grammar, Sampling
 from common.model_config import ModelConfig
 from common.pages import page_hashes
 from common.settings import Settings
-from services.gateway.protocol import MAX_CHOICES, ChatBody, CompletionBody, prompts_of
+from services.gateway.conversation import render
+from services.gateway.detokenizer import text_and_offsets
+from services.gateway.protocol import MAX_CHOICES, AnyBody, ChatBody, CompletionBody, prompts_of
+from services.gateway.reasoning import CLOSE, OPEN
+from services.gateway.structured import constraint_of
 from services.gateway.tokenizer import Tokenizer
 
 MESSAGE_CHARACTERS = 32  # what a message costs beside its text
 LONG = 8_192  # characters or tokens: work on more is done in a thread, so that it holds up no stream
 SEED_MASK = 2**63 - 1
+MOST_PROMPT_ENTRIES = 300_000  # prompt tokens times reported logprobs: what a message on the bus holds, with room
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Echo:
+    """A prompt as it is shown before the output, and where each of its tokens begins in the text."""
+
+    text: str
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Job:
-    """One choice of a request. `reasoning`: the prompt ends inside <think>."""
+    """One choice of a request.
+
+    `reasoning`: the prompt ends inside <think>. `include_stop`: the stop string or token that ends the output is shown.
+    `token_ids`: the client is told them. `grammar_field`: the body's field that asked for the grammar.
+    """
 
     index: int
     prompt: tuple[int, ...]
@@ -38,6 +56,10 @@ class Job:
     stops: tuple[str, ...] = ()
     reasoning: bool = False
     salt: str = ""
+    include_stop: bool = False
+    token_ids: bool = False
+    echo: Echo | None = None
+    grammar_field: str = ""
 
 
 class Preparer:
@@ -50,7 +72,12 @@ class Preparer:
         self.tokenizer = tokenizer
         self.context = min(settings.max_context or config.max_positions, config.max_positions)
         self._most_cached = most_cached
-        self._defaults = _generation_defaults(Path(settings.model))
+        self._defaults = generation_defaults(Path(settings.model))
+        self._all_pieces = [tokenizer.token_bytes(token) for token in range(len(tokenizer.pieces))]
+
+    def pieces(self, body: AnyBody) -> Sequence[bytes]:
+        """What each token shows to this client."""
+        return self._all_pieces if body.skip_special_tokens is False else self.tokenizer.pieces
 
     async def completion(self, body: CompletionBody) -> list[Job]:
         self.check_model(body.model)
@@ -58,27 +85,46 @@ class Preparer:
         self._check_choices(len(prompts), body.n or 1)
         jobs: list[Job] = []
         for i, prompt in enumerate(prompts):
-            if isinstance(prompt, str):
-                self._check_length(prompt, "prompt")
-                tokens = await _off_loop(len(prompt), self.tokenizer.encode, prompt)
-            else:
-                tokens = prompt
+            tokens = await self._tokens(body, prompt)
             if not tokens:
                 raise InvalidRequest("the prompt is empty", "prompt" if len(prompts) == 1 else f"prompt[{i}]")
             self._check_ids(tokens, "prompt")
-            jobs += await self._jobs(body, tokens, "prompt", first=len(jobs), reasoning=False)
+            echo = await off_loop(len(tokens), self._echo, body, prompt, tokens) if body.echo else None
+            reasoning = self._ends_in_reasoning(tokens)
+            jobs += await self._jobs(body, tokens, "prompt", first=len(jobs), reasoning=reasoning, echo=echo)
         return jobs
+
+    async def _tokens(self, body: CompletionBody, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        self._check_length(prompt, "prompt")
+        plain = body.add_special_tokens is False
+        return await off_loop(len(prompt), self.tokenizer.encode_chat if plain else self.tokenizer.encode, prompt)
+
+    def _echo(self, body: CompletionBody, prompt: str | list[int], tokens: list[int]) -> Echo:
+        """A text comes back as it was sent; what the tokenizer put before it has no place in it."""
+        if not isinstance(prompt, str):
+            text, offsets = text_and_offsets(tokens, self.pieces(body))
+            return Echo(text, tuple(offsets))
+        text, offsets = text_and_offsets(tokens, self._all_pieces)
+        added = len(text) - len(prompt)
+        return Echo(prompt, tuple(max(0, offset - added) for offset in offsets))
+
+    def _ends_in_reasoning(self, tokens: list[int]) -> bool:
+        end = b"".join(self.tokenizer.token_bytes(token) for token in tokens[-8:])
+        return self.tokenizer.reasons and end.rstrip().endswith(OPEN.encode())
 
     async def chat(self, body: ChatBody) -> list[Job]:
         self.check_model(body.model)
         self._check_choices(1, body.n or 1)
-        # Templates know no developer; what OpenAI calls so now is what it called system before.
-        messages = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages]
-        size = sum(len(message["content"]) + MESSAGE_CHARACTERS for message in messages)
-        text = await _off_loop(size, self.tokenizer.render, messages, body.chat_template_kwargs or {})
-        self._check_length(text, "messages")
-        tokens = await _off_loop(len(text), self.tokenizer.encode_chat, text)
-        return await self._jobs(body, tokens, "messages", first=0, reasoning=text.rstrip().endswith("<think>"))
+        size = sum(len(message.text) + MESSAGE_CHARACTERS for message in body.messages)
+        prompt = await off_loop(size, render, body, self.tokenizer)
+        self._check_length(prompt.text, "messages")
+        encode = self.tokenizer.encode if body.add_special_tokens else self.tokenizer.encode_chat
+        tokens = await off_loop(len(prompt.text), encode, prompt.text)
+        if not tokens:
+            raise InvalidRequest("the chat template makes nothing of these messages", "messages")
+        return await self._jobs(body, tokens, "messages", first=0, reasoning=prompt.reasoning)
 
     def _check_length(self, text: str, param: str) -> None:
         """Tokenizing takes long for what is far too long, and the tokenizer lets no other thread run meanwhile."""
@@ -92,49 +138,85 @@ class Preparer:
             raise ModelNotFound(f"the model {name!r} does not exist: this server has {self.name!r}", "model")
 
     async def _jobs(
-        self, body: CompletionBody | ChatBody, tokens: list[int], param: str, *, first: int, reasoning: bool
+        self, body: AnyBody, tokens: list[int], param: str, *, first: int, reasoning: bool, echo: Echo | None = None
     ) -> list[Job]:
         """The n choices of one prompt, numbered from `first`; their seeds follow on each other."""
-        sampling = self._sampling(body, len(tokens), param)
+        grammar, grammar_field = self._grammar(body, reasoning)
+        sampling = self._sampling(body, len(tokens), param, grammar)
         salt = body.cache_salt or ""
-        hashes = tuple(await _off_loop(len(tokens), page_hashes, tokens, self.config.fingerprint, salt))
-        prompt, stops = tuple(tokens), tuple(body.stops)
+        scored = sampling.prompt_logprobs is not None  # such a prompt is computed anew, wherever its pages are
+        hashes = [] if scored else await off_loop(len(tokens), page_hashes, tokens, self.config.fingerprint, salt)
         seed = body.seed if body.seed is not None else secrets.randbits(63)
         return [
-            Job(i, prompt, hashes, _with_seed(sampling, seed + i), stops, reasoning, salt)
+            Job(
+                index=i,
+                prompt=tuple(tokens),
+                page_hashes=tuple(hashes),
+                sampling=_with_seed(sampling, seed + i),
+                stops=tuple(body.stops),
+                reasoning=reasoning,
+                salt=salt,
+                include_stop=bool(body.include_stop_str_in_output),
+                token_ids=bool(body.return_token_ids),
+                echo=echo,
+                grammar_field=grammar_field,
+            )
             for i in range(first, first + (body.n or 1))
         ]
 
-    def _sampling(self, body: CompletionBody | ChatBody, prompt_tokens: int, param: str) -> Sampling:
+    def _grammar(self, body: AnyBody, reasoning: bool) -> tuple[Grammar | None, str]:
+        """The grammar and the field that asked for it. Where the model has begun to reason it may end that first."""
+        constraint = constraint_of(body)
+        if constraint is None:
+            return None, ""
+        after = self.tokenizer.encode_chat(CLOSE)[0] if reasoning and self.tokenizer.reasons else None
+        return Grammar(constraint.kind, constraint.text, after), constraint.field
+
+    def _sampling(self, body: AnyBody, prompt_tokens: int, param: str, grammar: Grammar | None) -> Sampling:
+        max_tokens = self._max_tokens(body, prompt_tokens, param)
+        min_tokens = body.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise InvalidRequest(f"min_tokens is {min_tokens}, more than the {max_tokens} of output", "min_tokens")
+        bias = body.logit_bias or {}
+        self._check_ids(body.stop_token_ids or [], "stop_token_ids")
+        self._check_ids(list(bias), "logit_bias")
+        self._check_entries(body, prompt_tokens)
+        defaults = self._defaults
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=_first(body.temperature, defaults.temperature, 1.0),
+            top_p=_first(body.top_p, defaults.top_p, 1.0),
+            top_k=max(0, _first(body.top_k, defaults.top_k, 0)),
+            min_p=_first(body.min_p, defaults.min_p, 0.0),
+            min_tokens=min_tokens,
+            ignore_eos=bool(body.ignore_eos),
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            logprobs=body.alternatives,
+            prompt_logprobs=body.prompt_alternatives,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty, 1.0),
+            logit_bias=tuple(sorted(bias.items())),
+            grammar=grammar,
+        )
+
+    def _max_tokens(self, body: AnyBody, prompt_tokens: int, param: str) -> int:
         left = self.context - prompt_tokens
         limit, limit_name = body.output_limit
-        if left < 1:
+        if left < (0 if limit == 0 else 1):
             raise ContextLengthExceeded(
                 f"the prompt is {prompt_tokens} tokens: the context of {self.context} leaves no room for output", param
             )
-        if limit is not None and limit > left:
+        if limit is None:
+            room = self._room(prompt_tokens)
+            return min(room, self._defaults.max_new_tokens or room)
+        if limit > left:
             raise ContextLengthExceeded(
                 f"{limit_name} is {limit}: the prompt's {prompt_tokens} tokens leave {left} of the context of "
                 f"{self.context}",
                 limit_name,
             )
-        max_tokens = self._room(prompt_tokens) if limit is None else limit
-        min_tokens = body.min_tokens or 0
-        if min_tokens > max_tokens:
-            raise InvalidRequest(f"min_tokens is {min_tokens}, more than the {max_tokens} of output", "min_tokens")
-        self._check_ids(body.stop_token_ids or [], "stop_token_ids")
-        defaults = self._defaults
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=_first(body.temperature, defaults.temperature),
-            top_p=_first(body.top_p, defaults.top_p),
-            top_k=max(0, _first(body.top_k, defaults.top_k)),
-            min_p=body.min_p or 0.0,
-            min_tokens=min_tokens,
-            ignore_eos=bool(body.ignore_eos),
-            stop_token_ids=tuple(body.stop_token_ids or ()),
-            logprobs=body.alternatives,
-        )
+        return limit
 
     def _room(self, prompt_tokens: int) -> int:
         """What a client that names no limit gets: what context and KV cache leave. (One that does is told if that is
@@ -146,36 +228,44 @@ class Preparer:
         if prompts * n > MAX_CHOICES:
             raise InvalidRequest(f"{prompts} prompts times n = {n} is over the limit of {MAX_CHOICES} choices", "n")
 
+    def _check_entries(self, body: AnyBody, prompt_tokens: int) -> None:
+        alternatives = body.prompt_alternatives
+        entries = 0 if alternatives is None else prompt_tokens * (alternatives + 1)
+        if entries > MOST_PROMPT_ENTRIES:
+            raise InvalidRequest(
+                f"{prompt_tokens} prompt tokens with {alternatives} alternatives each are {entries} logprobs, over the "
+                f"limit of {MOST_PROMPT_ENTRIES}: ask for fewer alternatives",
+                "logprobs" if body.prompt_logprobs is None else "prompt_logprobs",
+            )
+
     def _check_ids(self, tokens: list[int], param: str) -> None:
         if (tokens and max(tokens) >= self.config.vocab) or any(token < 0 for token in tokens):
             raise InvalidRequest(f"token ids go from 0 to {self.config.vocab - 1}", param)
 
 
-@dataclass(frozen=True)
-class Defaults:
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-
-def _generation_defaults(folder: Path) -> Defaults:
+class Defaults(msgspec.Struct, frozen=True):
     """What the checkpoint's authors recommend where the client says nothing."""
+
+    temperature: Annotated[float, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
+
+
+def generation_defaults(folder: Path) -> Defaults:
+    """Of generation_config.json. Raises ConfigError."""
     path = folder / "generation_config.json"
     if not path.is_file():
         return Defaults()
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-        plain = Defaults()
-        return Defaults(
-            temperature=float(_first(values.get("temperature"), plain.temperature)),
-            top_p=float(_first(values.get("top_p"), plain.top_p)),
-            top_k=int(_first(values.get("top_k"), plain.top_k)),
-        )
-    except (ValueError, TypeError, AttributeError) as error:
+        return msgspec.convert(json.loads(path.read_text(encoding="utf-8")), Defaults)
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is malformed: {error}") from None
 
 
-async def _off_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
+async def off_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
     return await asyncio.to_thread(work, *arguments) if size > LONG else work(*arguments)
 
 
@@ -183,5 +273,6 @@ def _with_seed(sampling: Sampling, seed: int) -> Sampling:
     return msgspec.structs.replace(sampling, seed=seed & SEED_MASK)
 
 
-def _first(value: Any, default: Any) -> Any:
-    return default if value is None else value
+def _first(*values: Any) -> Any:
+    """The first that was said."""
+    return next(value for value in values if value is not None)

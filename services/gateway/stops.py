@@ -18,26 +18,40 @@ def held_back(text: str, tags: Sequence[str]) -> int:
 class StopStrings:
     """Lets text through up to the stop string that is complete first, however the text is cut into pieces."""
 
-    __slots__ = ("_held", "_stops")
+    __slots__ = ("_held", "_include", "_stops")
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        """`include`: the stop string itself is let through too."""
         self._stops = tuple(stops)
+        self._include = include
         self._held = ""
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """(text that may be shown now, whether a stop string was met: nothing may be pushed after it)."""
+    def push(self, text: str, *, counts: bool = True) -> tuple[str, str | None]:
+        """(text that may be shown now, the stop string that was met: nothing may be pushed after it).
+
+        Where the piece does not count, stop strings that it completes are text like any other."""
         if not self._stops:
-            return text, False
-        text = self._held + text
-        hits = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if hits:
+            return text, None
+        known, text = len(self._held), self._held + text
+        if counts and (met := self._first(text, known)):
+            end, start, stop = met
             self._held = ""
-            return text[: min(hits)[1]], True
+            return text[: end if self._include else start], stop
         keep = len(text) - held_back(text, self._stops)
         self._held = text[keep:]
-        return text[:keep], False
+        return text[:keep], None
 
     def flush(self) -> str:
         """The text held back, when no more comes."""
         held, self._held = self._held, ""
         return held
+
+    def _first(self, text: str, known: int) -> tuple[int, int, str] | None:
+        """(end, start, stop string) of the one that ends first after the first `known` characters; of several that end
+        there the longest."""
+        hits = []
+        for stop in self._stops:
+            start = text.find(stop, max(0, known - len(stop) + 1))
+            if start >= 0:
+                hits.append((start + len(stop), start, stop))
+        return min(hits, default=None)

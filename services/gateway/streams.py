@@ -329,6 +329,7 @@ def _after(chunk: TokenChunk, index: int) -> TokenChunk:
         cached_tokens=chunk.cached_tokens,
         logprobs=chunk.logprobs[skip:] if chunk.logprobs else None,
         error=chunk.error,
+        prompt_logprobs=chunk.prompt_logprobs,
     )
 
 

@@ -61,6 +61,10 @@ class Tokenizer:
         """What a token stands for, special tokens by their name."""
         return self._bytes[token] if token < len(self._bytes) else b""
 
+    def name(self, token: int) -> str:
+        """A token's entry in the vocabulary, as tokenizer.json writes it; empty beyond the vocabulary's end."""
+        return self._tokenizer.id_to_token(token) or ""
+
     def _token_bytes(self) -> list[bytes]:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         found = [b""] * (max(vocabulary.values()) + 1)

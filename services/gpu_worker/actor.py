@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
 
 from common.actor import Actor
 from common.bus import Subscription
@@ -11,7 +12,6 @@ from common.checkpoint import Checkpoint
 from common.cores import pin_actor
 from common.errors import (
     BusUnavailable,
-    ContextLengthExceeded,
     Draining,
     ExpertsUnavailable,
     InternalError,
@@ -23,6 +23,7 @@ from common.errors import (
 from common.messages import (
     Abort,
     ExpertMap,
+    ForgetPages,
     GatewayBeat,
     Generate,
     GetMap,
@@ -32,21 +33,26 @@ from common.messages import (
     Resume,
     SchedulerBeat,
     StepTokens,
+    TokenChunk,
     WorkerBeat,
     subject,
     subject_of_kind,
 )
 from common.model_config import ModelConfig
 from common.pages import PAGE
+from services.gpu_worker.admission import Bounds
 from services.gpu_worker.engine import Engine, Stats, StepOutput
+from services.gpu_worker.grammar import Grammars
 from services.gpu_worker.links import ExpertLinks
 from services.gpu_worker.metrics import WorkerMetrics
 from services.gpu_worker.model import Model
 from services.gpu_worker.pages import PageAllocator
 from services.gpu_worker.planner import Planner
+from services.gpu_worker.sampler import Sampler
 from services.gpu_worker.streams import Streams
 
 GATEWAY_SILENT_SECONDS = 2.0
+ADMISSIONS = 16  # at a time: one whose grammar is being compiled does not hold up the others
 
 
 class Worker(Actor):
@@ -57,7 +63,6 @@ class Worker(Actor):
         settings = self.settings
         pin_actor(self.kind, settings)
         self.config = await asyncio.to_thread(ModelConfig.load, settings.model)
-        self.max_context = min(settings.max_context or self.config.max_positions, self.config.max_positions)
         self.streams = Streams(self.clock)
         self.metered = WorkerMetrics(self.metrics)
         self._stats = Stats(0, 0, 0, 0)
@@ -80,7 +85,14 @@ class Worker(Actor):
             loop=self._loop,
         )
         self.links.on_change = self.beat_now
+        self.grammars = await asyncio.to_thread(Grammars, settings.model, self.config)
         self.engine = await asyncio.to_thread(self._make_engine)
+        self.bounds = Bounds(
+            vocab=self.config.vocab,
+            context=min(settings.max_context or self.config.max_positions, self.config.max_positions),
+            cache=self.engine.planner.allocator.total * PAGE,
+            message=self.bus.max_payload,
+        )
         self.engine.start()
         self.spawn(self._publish_outputs(), "outputs")
         self.spawn(self._follow_map(), "map")
@@ -91,8 +103,11 @@ class Worker(Actor):
             await self.bus.subscribe(self._subject("abort"), self._on_abort),
             await self.bus.subscribe(self._subject("resume"), self._on_resume),
             await self.bus.subscribe(self._subject("allpages"), self._on_get_pages),
+            await self.bus.subscribe(self._subject("forget"), self._on_forget_pages),
         ]
-        self._admissions: Subscription = await self.bus.subscribe(self._subject("admit"), self._on_admit)
+        self._admissions: Subscription = await self.bus.subscribe(
+            self._subject("admit"), self._on_admit, concurrency=ADMISSIONS
+        )
 
     def beat(self) -> Message:
         if self.state == "starting":
@@ -130,6 +145,7 @@ class Worker(Actor):
         for subscription in self._subscriptions:
             await subscription.drain()
         await asyncio.to_thread(self.engine.stop)
+        self.grammars.close()
         await self.links.close()
 
     def _subject(self, verb: str) -> str:
@@ -148,44 +164,33 @@ class Worker(Actor):
             chunk_tokens=self.settings.chunk_tokens,
             prefix_cache=self.settings.prefix_cache,
         )
-        return Engine(self.config, model, planner, self._from_engine, self.log)
+        sampler = Sampler(self.config, max_batch=self.settings.max_batch, threads=self.settings.threads)
+        return Engine(self.config, model, planner, sampler, self._from_engine, self.log)
 
     # ---- requests
 
     async def _on_admit(self, _: str, message: Message) -> Message:
         if not isinstance(message, Generate):
             raise InvalidRequest("expected a Generate message")
-        self._refuse_if_impossible(message)
+        self.bounds.check(message)
+        self._refuse_for_now(message)
+        constraint = None
+        if message.sampling.grammar is not None:
+            constraint = await self.grammars.constraint(message.sampling.grammar)
+            self._refuse_for_now(message)  # others came meanwhile
+        self._gateways.setdefault(message.gateway_id, ("", self.clock.now()))
+        self.streams.open(message)
+        self._admitted_tokens += len(message.prompt)
+        self.engine.submit(message, constraint)
+        return Ok()
+
+    def _refuse_for_now(self, request: Generate) -> None:
+        if request.request_id in self.streams:
+            raise InvalidRequest(f"request {request.request_id} is known already")
         if self.links.reason:
             raise ExpertsUnavailable(self.links.reason)
         if len(self.streams.live) >= self.settings.queue_limit + self.settings.max_batch:
             raise Overloaded(f"the queue of worker {self.id} is full")
-        self._gateways.setdefault(message.gateway_id, ("", self.clock.now()))
-        self.streams.open(message)
-        self._admitted_tokens += len(message.prompt)
-        self.engine.submit(message)
-        return Ok()
-
-    def _refuse_if_impossible(self, request: Generate) -> None:
-        sampling = request.sampling
-        total = len(request.prompt) + sampling.max_tokens
-        cache_tokens = self.engine.planner.allocator.total * PAGE
-        if request.request_id in self.streams:
-            raise InvalidRequest(f"request {request.request_id} is known already")
-        if not request.prompt or sampling.max_tokens < 1:
-            raise InvalidRequest("a request needs at least one prompt token and one output token")
-        if not all(0 <= token < self.config.vocab for token in request.prompt):
-            raise InvalidRequest(f"token ids must be from 0 to {self.config.vocab - 1}", "prompt")
-        if not all(0 <= token < self.config.vocab for token in sampling.stop_token_ids):
-            raise InvalidRequest(f"token ids must be from 0 to {self.config.vocab - 1}", "stop_token_ids")
-        if (sampling.logprobs or 0) > self.config.vocab:
-            raise InvalidRequest(f"there are {self.config.vocab} tokens to report logprobs of", "logprobs")
-        if total > self.max_context:
-            raise ContextLengthExceeded(f"prompt and output are {total} tokens, the context holds {self.max_context}")
-        if total > cache_tokens:
-            raise ContextLengthExceeded(
-                f"prompt and output are {total} tokens, the whole KV cache holds {cache_tokens}: raise MOECULE_KV_PAGES"
-            )
 
     async def _on_abort(self, _: str, message: Message) -> None:
         if isinstance(message, Abort):
@@ -201,6 +206,12 @@ class Worker(Actor):
             worker_id=self.id, boot_id=self.boot_id, seq=self._pages_seq, added=tuple(self._pages), full=True
         )
 
+    async def _on_forget_pages(self, _: str, message: Message) -> Message:
+        if not isinstance(message, ForgetPages):
+            raise InvalidRequest("expected a ForgetPages message")
+        await asyncio.wrap_future(self.engine.forget_pages())
+        return Ok()
+
     # ---- what the engine produced
 
     def _from_engine(self, output: StepOutput) -> None:
@@ -214,8 +225,9 @@ class Worker(Actor):
             for gateway_id, chunks in output.chunks.items():
                 for chunk in chunks:
                     self.streams.take(chunk)
-                message = StepTokens(worker_id=self.id, boot_id=self.boot_id, chunks=tuple(chunks))
-                await self._publish(subject("gateway", gateway_id, "tokens"), message)
+                for part in _messages(chunks):
+                    message = StepTokens(worker_id=self.id, boot_id=self.boot_id, chunks=part)
+                    await self._publish(subject("gateway", gateway_id, "tokens"), message)
             if output.added or output.evicted:
                 await self._tell_pages(output)
             if self.engine.crashed:
@@ -291,6 +303,15 @@ class Worker(Actor):
         if requests := self.streams.of_gateway(gateway_id):
             self.log.warning("gateway lost, its requests end", gateway=gateway_id, requests=len(requests), why=why)
             self.engine.abort(requests)
+
+
+def _messages(chunks: list[TokenChunk]) -> Iterator[tuple[TokenChunk, ...]]:
+    """One message, and one more for each chunk that fills one nearly by itself."""
+    large = [chunk for chunk in chunks if chunk.prompt_logprobs is not None]
+    if small := [chunk for chunk in chunks if chunk.prompt_logprobs is None]:
+        yield tuple(small)
+    for chunk in large:
+        yield (chunk,)
 
 
 def default_pages(config: ModelConfig) -> int:

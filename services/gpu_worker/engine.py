@@ -9,18 +9,25 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from structlog.typing import FilteringBoundLogger
 
-from common.errors import ExpertsUnavailable, InternalError, MoeculeError
+from common.errors import ExpertsUnavailable, InternalError, InvalidRequest, MoeculeError
 from common.link import PeerLost
-from common.messages import FinishReason, Generate, TokenChunk
+from common.messages import FinishReason, Generate, TokenChunk, TokenLogprobs
 from common.model_config import ModelConfig
 from services.gpu_worker.model import Model
 from services.gpu_worker.planner import Plan, Planner, Sequence
-from services.gpu_worker.step import Sampled, build_batch, sample_rows
+from services.gpu_worker.sampler import Sampled, Sampler
+from services.gpu_worker.scoring import Scored, score_prompts
+from services.gpu_worker.step import build_batch
+
+if TYPE_CHECKING:
+    from services.gpu_worker.grammar import Constraint
 
 
 @dataclass(frozen=True)
@@ -45,12 +52,21 @@ class StepOutput:
     stats: Stats
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a step found out, before anything is changed by it."""
+
+    sampled: Sampled
+    scored: list[Scored]
+
+
 class Engine:
     def __init__(
         self,
         config: ModelConfig,
         model: Model,
         planner: Planner,
+        sampler: Sampler,
         emit: Callable[[StepOutput], None],
         log: FilteringBoundLogger,
     ) -> None:
@@ -58,6 +74,7 @@ class Engine:
         self.model = model
         self.planner = planner
         self.cache = model.new_cache(planner.allocator.total)
+        self._sampler = sampler
         self._emit = emit
         self._log = log
         self._live: dict[str, Sequence] = {}
@@ -79,14 +96,26 @@ class Engine:
         self._note(lambda: None)
         if self._thread.is_alive():
             self._thread.join()
+        self._sampler.close()
 
-    def submit(self, request: Generate) -> None:
-        self._note(lambda: self._add(request))
+    def submit(self, request: Generate, constraint: Constraint | None = None) -> None:
+        self._note(lambda: self._add(request, constraint))
 
     def abort(self, request_ids: Iterable[str], error: MoeculeError | None = None) -> None:
         """End these requests; their pages are free at the end of the step in flight. Unknown ones are ignored."""
         ids = tuple(request_ids)
         self._note(lambda: self._end(ids, error))
+
+    def forget_pages(self) -> Future[None]:
+        """Empty the prefix cache between two steps; done when that has happened."""
+        done: Future[None] = Future()
+
+        def forget() -> None:
+            self.planner.allocator.forget()
+            done.set_result(None)
+
+        self._note(forget)
+        return done
 
     def _note(self, action: Callable[[], None]) -> None:
         with self._wake:
@@ -120,22 +149,23 @@ class Engine:
     def step(self) -> None:
         started = time.perf_counter()
         plan = self.planner.plan()
-        sampled = self._compute(plan) if plan else None
+        computed = self._compute(plan) if plan else None
         chunks: dict[str, list[TokenChunk]] = {}
-        if sampled is not None:
+        if computed is not None:
             self.planner.commit(plan)
-            chunks = self._advance(plan, sampled)
+            chunks = self._advance(plan, computed)
         self._tell(chunks, self._stats(plan, time.perf_counter() - started))
 
-    def _compute(self, plan: Plan) -> Sampled | None:
+    def _compute(self, plan: Plan) -> Computed | None:
         """Forward and sample. A peer that dies fails the step, which then runs again from its start with a live
         copy (experts are pure and KV rows are overwritten in place), or ends its requests if there is none."""
-        batch = build_batch(plan)
+        batch, mask = build_batch(plan), self._sampler.begin(plan)
         while True:
             try:
                 self.model.link.begin_step()
-                logits = self.model.forward(batch, self.cache)
-                return sample_rows(self.config, plan, logits)
+                hidden = self.model.hidden(batch, self.cache)
+                sampled = self._sampler.sample(plan, self.model.logits(hidden, batch.logit_rows), mask)
+                return Computed(sampled, score_prompts(self.model, plan, hidden))
             except PeerLost as lost:
                 self._log.warning("a shard was lost in mid step", shard=lost.shard_id)
             except ExpertsUnavailable as error:
@@ -143,29 +173,52 @@ class Engine:
                 self._end(tuple(self._live), error)
                 return None
 
-    def _advance(self, plan: Plan, sampled: Sampled) -> dict[str, list[TokenChunk]]:
+    def _advance(self, plan: Plan, computed: Computed) -> dict[str, list[TokenChunk]]:
         chunks: dict[str, list[TokenChunk]] = {}
-        rows = (chunk.sequence for chunk in plan.chunks if chunk.sampled)
-        for row, sequence in enumerate(list(rows)):
-            token = sampled.tokens[row]
-            index = sequence.outputs
-            sequence.tokens.append(token)
-            chunk = TokenChunk(
-                request_id=sequence.request.request_id,
-                index=index,
-                tokens=(token,),
-                finish=_finish(sequence, token, self.config.eos_ids),
-                stop_token=token if _stops(sequence, token, self.config.eos_ids) else None,
-                cached_tokens=sequence.cached,
-                logprobs=(sampled.logprobs[row],) if row in sampled.logprobs else None,
-            )
+        for scored in computed.scored:
+            assert scored.sequence.scores is not None
+            scored.sequence.scores += scored.scores
+        sampled = computed.sampled
+        for row, (sequence, token) in enumerate(zip(plan.sampled, sampled.tokens, strict=True)):
+            try:
+                chunk = self._take(sequence, token, sampled.logprobs.get(row))
+            except InvalidRequest as error:
+                self._end((sequence.request.request_id,), error)
+                continue
             chunks.setdefault(sequence.request.gateway_id, []).append(chunk)
             if chunk.finish:
                 self._forget(sequence)
         return chunks
 
-    def _add(self, request: Generate) -> None:
-        self._live[request.request_id] = self.planner.add(request)
+    def _take(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenChunk:
+        """Go on by `token`; what is told of it. Raises InvalidRequest if the grammar cannot be followed."""
+        index = sequence.outputs
+        if sequence.request.sampling.max_tokens == 0:
+            return TokenChunk(
+                request_id=sequence.request.request_id,
+                index=index,
+                tokens=(),
+                finish="length",
+                cached_tokens=sequence.cached,
+                prompt_logprobs=_prompt_logprobs(sequence),
+            )
+        if sequence.constraint is not None:
+            sequence.constraint.take(token)
+        sequence.tokens.append(token)
+        return TokenChunk(
+            request_id=sequence.request.request_id,
+            index=index,
+            tokens=(token,),
+            finish=_finish(sequence, token, self.config.eos_ids),
+            stop_token=token if _stops(sequence, token, self.config.eos_ids) else None,
+            cached_tokens=sequence.cached,
+            logprobs=(logprobs,) if logprobs is not None else None,
+            prompt_logprobs=None if index else _prompt_logprobs(sequence),
+        )
+
+    def _add(self, request: Generate, constraint: Constraint | None) -> None:
+        sequence = self._live[request.request_id] = self.planner.add(request, constraint)
+        self._sampler.add(sequence)
 
     def _end(self, request_ids: Iterable[str], error: MoeculeError | None) -> None:
         for request_id in request_ids:
@@ -182,6 +235,7 @@ class Engine:
 
     def _forget(self, sequence: Sequence) -> None:
         self.planner.remove(sequence)
+        self._sampler.forget(sequence)
         del self._live[sequence.request.request_id]
 
     def _tell(self, chunks: dict[str, list[TokenChunk]], stats: Stats) -> None:
@@ -214,4 +268,11 @@ def _stops(sequence: Sequence, token: int, eos_ids: tuple[int, ...]) -> bool:
 def _finish(sequence: Sequence, token: int, eos_ids: tuple[int, ...]) -> FinishReason | None:
     if _stops(sequence, token, eos_ids):
         return "stop"
+    if sequence.constraint is not None and sequence.constraint.complete:
+        return "stop"
     return "length" if sequence.outputs >= sequence.request.sampling.max_tokens else None
+
+
+def _prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprobs | None, ...] | None:
+    """Nothing comes before the first token that could predict it."""
+    return None if sequence.scores is None else (None, *sequence.scores)

@@ -45,9 +45,13 @@ class Model:
         shape = pages, PAGE, self.config.latent
         return [torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(self.config.layers)]
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, cache: list[Tensor]) -> Tensor:
         """float32 logits [S, vocab] of `batch.logit_rows`. Raises PeerLost; then the step can be run again."""
+        return self.logits(self.hidden(batch, cache), batch.logit_rows)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, cache: list[Tensor]) -> Tensor:
+        """[T, hidden], the residual stream after the last layer. Raises PeerLost; then the step can be run again."""
         h = F.embedding(batch.tokens, self.weights.embedding)  # [T, hidden], the residual stream
         x = torch.empty_like(h)
         turns = self._turns[batch.positions].unsqueeze(1)  # [T, 1, rope / 2]
@@ -57,7 +61,12 @@ class Model:
             self._attention(layer, x, turns, decode, prefill, batch, layer_cache, h)
             combine_norm(h, (), layer.mlp_norm, self.config.eps, x)
             self._ffn(layer, x, h)
-        last = h[batch.logit_rows]  # [S, hidden]
+        return h
+
+    @torch.inference_mode()
+    def logits(self, h: Tensor, rows: Tensor) -> Tensor:
+        """float32 [rows, vocab] of these rows of `hidden`."""
+        last = h[rows]
         combine_norm(last, (), self.weights.norm, self.config.eps, last)
         return torch.mm(last, self.weights.head)
 

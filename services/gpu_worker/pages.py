@@ -11,6 +11,7 @@ class PageAllocator:
 
     A full page is published under its hash and then found by `match`. When free pages run out, the least recently
     released cached page goes first. `added` and `evicted` collect the hashes that came and went until `take_changes`.
+    `epoch` counts how often all of them were forgotten.
     """
 
     def __init__(self, total: int) -> None:
@@ -22,6 +23,7 @@ class PageAllocator:
         self._cached: OrderedDict[int, None] = OrderedDict()  # pages without owner, oldest first
         self._added: list[bytes] = []
         self._evicted: list[bytes] = []
+        self.epoch = 0
 
     @property
     def available(self) -> int:
@@ -69,6 +71,15 @@ class PageAllocator:
             self._page_of[page_hash] = page
             self._hash_of[page] = page_hash
             self._added.append(page_hash)
+
+    def forget(self) -> None:
+        """No hash is known any more: cached pages are free, and owned ones will be once they are released."""
+        self._evicted += self._page_of
+        self._page_of.clear()
+        self._hash_of.clear()
+        self._free += self._cached
+        self._cached.clear()
+        self.epoch += 1
 
     def take_changes(self) -> tuple[list[bytes], list[bytes]]:
         """(added, evicted) since the last call. A hash in both came and went, or went and came: see `knows`."""

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from common.messages import Generate
+from common.messages import Generate, TokenLogprobs
 from common.pages import PAGE, extend_hashes
 from services.gpu_worker.pages import PageAllocator
+
+if TYPE_CHECKING:
+    from services.gpu_worker.grammar import Constraint
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on this worker. `tokens` is prompt + output; the KV rows of the first `computed` of them exist."""
+    """A request on this worker. `tokens` is prompt + output; the KV rows of the first `computed` of them exist.
+
+    `scores`: logprobs of the prompt's tokens from the second on, as far as they are computed; None if nobody asked.
+    """
 
     request: Generate
     arrival: int
@@ -22,11 +30,15 @@ class Sequence:
     cached: int = 0  # prompt tokens read from the prefix cache when it was first admitted
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
+    epoch: int = 0  # the allocator's when its first page was matched or computed
     preemptions: int = 0
+    scores: list[TokenLogprobs] | None = None
+    constraint: Constraint | None = None
 
     @classmethod
-    def of(cls, request: Generate, arrival: int) -> Sequence:
-        return cls(request, arrival, list(request.prompt))
+    def of(cls, request: Generate, arrival: int, constraint: Constraint | None = None) -> Sequence:
+        scores: list[TokenLogprobs] | None = [] if request.sampling.prompt_logprobs is not None else None
+        return cls(request, arrival, list(request.prompt), scores=scores, constraint=constraint)
 
     @property
     def prompt_len(self) -> int:
@@ -53,6 +65,13 @@ class Chunk:
     def sampled(self) -> bool:
         return self.end == len(self.sequence.tokens)
 
+    @property
+    def scored(self) -> range:
+        """The rows whose logits score the prompt's token after them, less those that an earlier step scored."""
+        if (scores := self.sequence.scores) is None:
+            return range(0)
+        return range(max(self.start, len(scores)), min(self.end, self.sequence.prompt_len - 1))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -65,6 +84,11 @@ class Plan:
     @property
     def chunks(self) -> tuple[Chunk, ...]:
         return self.decodes + self.prefills
+
+    @cached_property
+    def sampled(self) -> tuple[Sequence, ...]:
+        """Whose next token the step finds, as they stood when this was first asked."""
+        return tuple(chunk.sequence for chunk in self.chunks if chunk.sampled)
 
 
 class Planner:
@@ -97,8 +121,8 @@ class Planner:
         for queue in self._waiting.values():
             yield from queue
 
-    def add(self, request: Generate) -> Sequence:
-        sequence = Sequence.of(request, self._arrivals)
+    def add(self, request: Generate, constraint: Constraint | None = None) -> Sequence:
+        sequence = Sequence.of(request, self._arrivals, constraint)
         self._arrivals += 1
         self._waiting.setdefault(request.tenant, deque()).append(sequence)
         return sequence
@@ -148,7 +172,9 @@ class Planner:
         for chunk in plan.chunks:
             sequence = chunk.sequence
             sequence.computed = chunk.end
-            if self.prefix_cache and chunk.end // PAGE > chunk.start // PAGE:
+            # What was computed before the cache was emptied, or from it, is not found again.
+            known = self.prefix_cache and sequence.epoch == self.allocator.epoch
+            if known and chunk.end // PAGE > chunk.start // PAGE:
                 extend_hashes(sequence.hashes, sequence.tokens[: chunk.end], self.model, sequence.request.salt)
                 for index in range(chunk.start // PAGE, chunk.end // PAGE):
                     self.allocator.publish(sequence.pages[index], sequence.hashes[index])
@@ -193,6 +219,8 @@ class Planner:
         if self.prefix_cache:
             # The last token is always computed: its logits are wanted.
             usable = (len(sequence.tokens) - 1) // PAGE
+            if sequence.scores is not None:
+                usable = min(usable, len(sequence.scores) // PAGE)  # a row without logits scores nothing
             extend_hashes(sequence.hashes, sequence.tokens, self.model, sequence.request.salt)
             sequence.pages = self.allocator.match(sequence.hashes[:usable])
         pages = self.allocator.allocate(-(-len(sequence.tokens) // PAGE) - len(sequence.pages))
@@ -200,6 +228,7 @@ class Planner:
             self._give_back(sequence)
             return None
         sequence.computed = len(sequence.pages) * PAGE
+        sequence.epoch = self.allocator.epoch
         if not sequence.preemptions:
             sequence.cached = sequence.computed
         sequence.pages += pages

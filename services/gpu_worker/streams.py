@@ -21,12 +21,14 @@ class Stream:
     finish: FinishReason | None = None
     stop_token: int | None = None
     error: tuple[str, str] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     ended_at: float = 0.0
 
     def take(self, chunk: TokenChunk) -> None:
         self.tokens += chunk.tokens
         self.logprobs += chunk.logprobs or ()
         self.cached_tokens = chunk.cached_tokens or self.cached_tokens
+        self.prompt_logprobs = self.prompt_logprobs or chunk.prompt_logprobs
         self.finish, self.stop_token, self.error = chunk.finish, chunk.stop_token, chunk.error
 
     def chunk(self, request_id: str, index: int) -> TokenChunk:
@@ -39,6 +41,7 @@ class Stream:
             cached_tokens=self.cached_tokens,
             logprobs=tuple(self.logprobs[index:]) if self.logprobs else None,
             error=self.error,
+            prompt_logprobs=self.prompt_logprobs if index == 0 else None,
         )
 
 
