@@ -9,6 +9,9 @@ TRITON ?= triton==3.6.0
 SHARDS ?= 2
 WORKERS ?= 1
 
+# Arithmetic alone, which may share the machine; the rest starts clusters and has time-outs.
+KERNEL_TESTS := tests/test_compile.py $(wildcard tests/test_kernels*.py)
+
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 define HELP
@@ -31,7 +34,8 @@ serve: install
 test: install
 	ruff check .
 	mypy
-	OMP_NUM_THREADS=1 pytest -m "not gpu"
+	OMP_NUM_THREADS=1 pytest -m "not gpu" -n 2 $(KERNEL_TESTS)
+	OMP_NUM_THREADS=1 pytest -m "not gpu" $(addprefix --ignore=,$(KERNEL_TESTS))
 
 lint: install
 	ruff check --fix .

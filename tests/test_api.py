@@ -276,8 +276,6 @@ def called(arguments: str) -> dict:
         ({"stream_options": {"include_usage": True}}, "need stream", "stream_options"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "send one of", "continue_final_message"),
         ({"tools": [{"type": "function"}]}, "missing required field `function`", "tools[0].function"),
-        ({"tools": [TOOL]}, "not supported yet", "tools"),
-        ({"tool_choice": "required"}, "not supported yet", "tool_choice"),
         ({"tool_choice": "perhaps"}, "'perhaps'", "tool_choice"),
         ({"functions": [{}]}, "replaced it by tools", "functions"),
         ({"messages": [{"role": "tool", "content": "9"}]}, "names the call", "messages[0].tool_call_id"),

@@ -27,6 +27,7 @@ PLAIN: dict[type, dict[str, Any]] = {
 USER = 3  # the token <｜User｜>, which is special
 SAID = [*text_tokens("no</think>one two"), USER, *text_tokens(" three"), EOS]
 SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {"type": "string"}}}
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds."}}
 SCHEMA_TEXT = msgspec.json.encode(SCHEMA).decode()
 
 
@@ -169,11 +170,15 @@ CASES: dict[type, dict[str, Case]] = {
             {"messages": [*QUESTION, {"role": "assistant", "content": "It is"}]},
         ),
         "reasoning_effort": Case("low", lambda seen: seen.prompt.endswith("[effort low]"), False, True),
-        "tools": refused([{"type": "function", "function": {"name": "add"}}]),
-        "tool_choice": refused("required"),
+        "tools": Case([TOOL], lambda seen: "Adds." in seen.prompt, False, True),
+        "tool_choice": Case(
+            "required", lambda seen: seen.sampling.grammar is not None, False, True, {"tools": [TOOL]}
+        ),
         "functions": refused([{"name": "add"}]),
         "function_call": refused({"name": "add"}),
-        "parallel_tool_calls": changes_nothing(False),
+        "parallel_tool_calls": Case(
+            False, lambda seen: seen.sampling.grammar is not None, False, True, {"tools": [TOOL]}
+        ),
         "service_tier": changes_nothing("flex"),
         "store": changes_nothing(True),
         "metadata": changes_nothing({"a": "b"}),

@@ -200,18 +200,20 @@ async def test_without_a_tokenizer_grammars_are_refused(tmp_path: Path):
 
 
 async def test_a_grammar_that_takes_too_long_is_refused_and_others_are_not_held_up(monkeypatch: pytest.MonkeyPatch):
-    go_on, compile_now = threading.Event(), module._compile
+    begun, go_on, compile_now = threading.Event(), threading.Event(), module._compile
 
     def slowly(tokenizer, grammar: Grammar):
         if grammar.text == "slow":
+            begun.set()
             go_on.wait(30)
         return compile_now(tokenizer, grammar)
 
     monkeypatch.setattr(module, "_compile", slowly)
     async with compose() as cluster:
         waiting = asyncio.create_task(refusal(cluster.client, follow("regex", "slow")))
-        assert (await cluster.client.ask(prompt(), follow("regex", "fast"))).last.finish == "stop"
-        assert not waiting.done()
+        await asyncio.to_thread(begun.wait, 30)
+        fast = await cluster.client.send(prompt(), follow("regex", "fast"))
+        assert not waiting.done() and (await cluster.client.wait(fast)).last.finish == "stop"
         monkeypatch.setattr(module, "COMPILE_SECONDS", 0.0)
         assert "not compiled within" in (await waiting).message
         assert "not compiled within" in (await refusal(cluster.client, follow("regex", "slow"))).message

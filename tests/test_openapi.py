@@ -133,8 +133,7 @@ def test_the_schema_of_errors_is_what_is_sent() -> None:
 
 
 def each(samples: Iterable[Sample]) -> list[Any]:
-    unwired = pytest.mark.xfail(reason="tools are not wired into the endpoint yet", strict=True)
-    return [pytest.param(s, marks=[unwired] if s.name == "tool" else [], id=s.name) for s in samples]
+    return [pytest.param(s, id=s.name) for s in samples]
 
 
 @pytest.mark.parametrize("sample", each(SAMPLES))

@@ -11,6 +11,7 @@ from services.gateway.detokenizer import Detokenizer
 from services.gateway.prepare import Job
 from services.gateway.reasoning import ReasoningSplitter
 from services.gateway.stops import StopStrings
+from services.gateway.tools import Arguments, CallBegin, CallEnd, Event, Text, ToolParser, finish_reason
 
 
 class Scored(NamedTuple):
@@ -36,8 +37,11 @@ class PromptReport:
 
 @dataclass(slots=True)
 class Delta:
-    """What new tokens add. `finish`: stop or length, in the last one of a choice; `stop_reason`: the stop string or the
-    id of stop_token_ids that ended it. `tokens`: filled if the client wants token ids. `prompt`: in the first one."""
+    """What new tokens add.
+
+    `finish`: stop, length or tool_calls, in the last one of a choice; `stop_reason`: the stop string or the id of
+    stop_token_ids that ended it. `tokens`: filled if the client wants token ids. `prompt`: in the first one.
+    """
 
     text: str = ""
     reasoning: str = ""
@@ -45,10 +49,13 @@ class Delta:
     stop_reason: str | int | None = None
     tokens: list[int] = field(default_factory=list)
     scored: list[Scored] = field(default_factory=list)
+    calls: list[CallBegin | Arguments] = field(default_factory=list)
     prompt: PromptReport | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.text or self.reasoning or self.finish or self.tokens or self.scored or self.prompt)
+        return bool(
+            self.text or self.reasoning or self.finish or self.tokens or self.scored or self.prompt or self.calls
+        )
 
     def add(self, later: Delta) -> None:
         self.text += later.text
@@ -56,6 +63,7 @@ class Delta:
         self.finish, self.stop_reason = later.finish, later.stop_reason
         self.tokens += later.tokens
         self.scored += later.scored
+        self.calls += later.calls
         self.prompt = self.prompt or later.prompt
 
 
@@ -70,6 +78,8 @@ class Output:
         self._detokenizer = Detokenizer(pieces)
         self._stops = StopStrings(job.stops, include=job.include_stop)
         self._splitter = ReasoningSplitter(job.reasoning) if split_reasoning else None
+        self._parser = ToolParser(job.tools.syntax, job.tools.names) if job.tools else None
+        self._called = False
 
     def push(self, chunks: Sequence[TokenChunk]) -> Delta:
         """The chunks' tokens up to a stop string; after a `finish` nothing more may be pushed."""
@@ -138,16 +148,33 @@ class Output:
         if not text:
             return
         if self._splitter is None:
-            delta.text += text
+            self._answer(delta, text)
             return
         reasoning, answer = self._splitter.push(text)
         delta.reasoning += reasoning
-        delta.text += answer
+        self._answer(delta, answer)
+
+    def _answer(self, delta: Delta, text: str) -> None:
+        if self._parser is None:
+            delta.text += text
+        else:
+            self._add_events(delta, self._parser.push(text))
+
+    def _add_events(self, delta: Delta, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Text):
+                delta.text += event.text
+            elif not isinstance(event, CallEnd):
+                delta.calls.append(event)
+                self._called = True
 
     def _ended(self, delta: Delta, rest: str) -> Delta:
         self._show(delta, rest)
         if self._splitter is not None:
             reasoning, answer = self._splitter.flush()
             delta.reasoning += reasoning
-            delta.text += answer
+            self._answer(delta, answer)
+        if self._parser is not None:
+            self._add_events(delta, self._parser.flush())
+            delta.finish = finish_reason(delta.finish, self._called)
         return delta

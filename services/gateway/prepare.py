@@ -7,6 +7,7 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,12 +19,13 @@ from common.messages import Grammar, Sampling
 from common.model_config import ModelConfig
 from common.pages import page_hashes
 from common.settings import Settings
-from services.gateway.conversation import render
+from services.gateway.conversation import ToolUse, choice_of, format_of, offered_tools, render
 from services.gateway.detokenizer import text_and_offsets
 from services.gateway.protocol import MAX_CHOICES, AnyBody, ChatBody, CompletionBody, prompts_of
 from services.gateway.reasoning import CLOSE, OPEN
 from services.gateway.structured import constraint_of
 from services.gateway.tokenizer import Tokenizer
+from services.gateway.tools import tool_grammar
 
 MESSAGE_CHARACTERS = 32  # what a message costs beside its text
 LONG = 8_192  # characters or tokens: work on more is done in a thread, so that it holds up no stream
@@ -60,6 +62,7 @@ class Job:
     token_ids: bool = False
     echo: Echo | None = None
     grammar_field: str = ""
+    tools: ToolUse | None = None
 
 
 class Preparer:
@@ -76,8 +79,19 @@ class Preparer:
         self._all_pieces = [tokenizer.token_bytes(token) for token in range(len(tokenizer.pieces))]
 
     def pieces(self, body: AnyBody) -> Sequence[bytes]:
-        """What each token shows to this client."""
-        return self._all_pieces if body.skip_special_tokens is False else self.tokenizer.pieces
+        """What each token shows to this client, or to the parser of its tool calls."""
+        if body.skip_special_tokens is False:
+            return self._all_pieces
+        return self._tool_pieces if isinstance(body, ChatBody) and offered_tools(body) else self.tokenizer.pieces
+
+    @cached_property
+    def _tool_pieces(self) -> Sequence[bytes]:
+        """The markers of tool calls are shown."""
+        pieces = list(self.tokenizer.pieces)
+        for marker in format_of(self.tokenizer).syntax.markers:
+            if (token := self.tokenizer.token_id(marker)) is not None:
+                pieces[token] = marker.encode()
+        return pieces
 
     async def completion(self, body: CompletionBody) -> list[Job]:
         self.check_model(body.model)
@@ -124,7 +138,7 @@ class Preparer:
         tokens = await off_loop(len(prompt.text), encode, prompt.text)
         if not tokens:
             raise InvalidRequest("the chat template makes nothing of these messages", "messages")
-        return await self._jobs(body, tokens, "messages", first=0, reasoning=prompt.reasoning)
+        return await self._jobs(body, tokens, "messages", first=0, reasoning=prompt.reasoning, tools=prompt.tools)
 
     def _check_length(self, text: str, param: str) -> None:
         """Tokenizing takes long for what is far too long, and the tokenizer lets no other thread run meanwhile."""
@@ -138,10 +152,11 @@ class Preparer:
             raise ModelNotFound(f"the model {name!r} does not exist: this server has {self.name!r}", "model")
 
     async def _jobs(
-        self, body: AnyBody, tokens: list[int], param: str, *, first: int, reasoning: bool, echo: Echo | None = None
-    ) -> list[Job]:
+        self, body: AnyBody, tokens: list[int], param: str, *,
+        first: int, reasoning: bool, echo: Echo | None = None, tools: ToolUse | None = None,
+    ) -> list[Job]:  # fmt: skip
         """The n choices of one prompt, numbered from `first`; their seeds follow on each other."""
-        grammar, grammar_field = self._grammar(body, reasoning)
+        grammar, grammar_field = self._grammar(body, reasoning, tools)
         sampling = self._sampling(body, len(tokens), param, grammar)
         salt = body.cache_salt or ""
         scored = sampling.prompt_logprobs is not None  # such a prompt is computed anew, wherever its pages are
@@ -160,16 +175,29 @@ class Preparer:
                 token_ids=bool(body.return_token_ids),
                 echo=echo,
                 grammar_field=grammar_field,
+                tools=tools,
             )
             for i in range(first, first + (body.n or 1))
         ]
 
-    def _grammar(self, body: AnyBody, reasoning: bool) -> tuple[Grammar | None, str]:
+    def _grammar(self, body: AnyBody, reasoning: bool, tools: ToolUse | None) -> tuple[Grammar | None, str]:
         """The grammar and the field that asked for it. Where the model has begun to reason it may end that first."""
         constraint = constraint_of(body)
+        after = self.tokenizer.token_id(CLOSE) if reasoning else None
+        if isinstance(body, ChatBody) and tools is not None:
+            parallel = body.parallel_tool_calls is not False
+            held = tool_grammar(
+                body.tools or (), choice_of(body), tools.syntax, self.tokenizer.token_id, parallel=parallel, after=after
+            )
+            if held and constraint:
+                raise InvalidRequest(
+                    f"{constraint.field} and tools that the output is held to both say what it must be: send one",
+                    constraint.field,
+                )
+            if held:
+                return held, "tools"
         if constraint is None:
             return None, ""
-        after = self.tokenizer.encode_chat(CLOSE)[0] if reasoning and self.tokenizer.reasons else None
         return Grammar(constraint.kind, constraint.text, after), constraint.field
 
     def _sampling(self, body: AnyBody, prompt_tokens: int, param: str, grammar: Grammar | None) -> Sampling:

@@ -1,8 +1,7 @@
 """The bodies of OpenAI requests, as they may come in; what is wrong with one is said with its path.
 
 A field is honoured, or it is refused: what vLLM adds to OpenAI's fields means here what it means there. Four are taken
-and change nothing: `user`, `store` (answers are never kept), `metadata` and `service_tier` (there is one tier), and
-until tools can be called `parallel_tool_calls`.
+and change nothing: `user`, `store` (answers are never kept), `metadata` and `service_tier` (there is one tier).
 """
 
 from __future__ import annotations
@@ -251,12 +250,9 @@ class ChatBody(RequestBody, frozen=True, kw_only=True):
 AnyBody = CompletionBody | ChatBody
 Body = TypeVar("Body", CompletionBody, ChatBody)
 
-_NO_TOOLS = "tools are not supported yet: leave them out"
 _OLD_TOOLS = "OpenAI has replaced it by tools: leave it out"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "suffix": (("",), "the model does not fill in text before a suffix: leave it out"),
-    "tools": (([],), _NO_TOOLS),
-    "tool_choice": (("none", "auto"), _NO_TOOLS),
     "functions": (([],), _OLD_TOOLS),
     "function_call": (("none", "auto"), _OLD_TOOLS),
 }

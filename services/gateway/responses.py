@@ -14,8 +14,9 @@ from msgspec import UNSET, UnsetType
 from common.errors import MoeculeError
 from common.messages import TokenLogprobs
 from services.gateway.output import Delta, Output, PromptReport
-from services.gateway.protocol import AnyBody
+from services.gateway.protocol import AnyBody, ToolCall
 from services.gateway.tokenizer import Tokenizer
+from services.gateway.tools import ToolCallDelta, call_delta, collected
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
@@ -49,12 +50,20 @@ class Usage(msgspec.Struct):
 
 
 class ChatText(msgspec.Struct):
-    """A message, or what a chunk adds to one."""
-
     role: str | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
     reasoning_content: str | UnsetType | None = UNSET
     reasoning: str | UnsetType | None = UNSET
+
+
+class AnswerMessage(ChatText):
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
+class MessageDelta(ChatText):
+    """What a chunk adds to a message."""
+
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class TokenScore(msgspec.Struct):
@@ -102,8 +111,8 @@ class AboutPrompt(msgspec.Struct, kw_only=True):
 
 class ChatChoice(msgspec.Struct, kw_only=True):
     index: int
-    delta: ChatText | UnsetType = UNSET
-    message: ChatText | UnsetType = UNSET
+    delta: MessageDelta | UnsetType = UNSET
+    message: AnswerMessage | UnsetType = UNSET
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: str | int | UnsetType | None = UNSET
@@ -202,15 +211,20 @@ class ChatStyle(Style):
 
     def whole(self, index: int, delta: Delta) -> ChatChoice:
         reasoning = delta.reasoning or None
-        message = ChatText("assistant", delta.text, reasoning, reasoning)
+        message = AnswerMessage("assistant", delta.text, reasoning, reasoning)
+        if delta.calls:
+            message.tool_calls = collected(delta.calls)[1]
+            message.content = delta.text if delta.text.strip() else None
         return ChatChoice(index=index, message=message, logprobs=self._logprobs(delta), **self._of_output(delta))
 
     def part(self, index: int, delta: Delta, first: bool) -> ChatChoice:
-        text = ChatText(role="assistant" if first else UNSET)
+        text = MessageDelta(role="assistant" if first else UNSET)
         if delta.reasoning:
             text.reasoning_content = text.reasoning = delta.reasoning
         if delta.text or first:
             text.content = delta.text
+        if delta.calls:
+            text.tool_calls = [call_delta(event) for event in delta.calls]
         return ChatChoice(index=index, delta=text, logprobs=self._logprobs(delta), **self._of_output(delta))
 
     def of_answer(self, index: int, delta: Delta) -> AboutPrompt:

@@ -57,6 +57,10 @@ class Tokenizer:
     def render(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> str:
         return self._template.render(messages, extra)
 
+    def token_id(self, text: str) -> int | None:
+        """Of a text that the vocabulary has as one token."""
+        return self._tokenizer.token_to_id(text)
+
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for, special tokens by their name."""
         return self._bytes[token] if token < len(self._bytes) else b""
