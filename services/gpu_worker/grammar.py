@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,16 +25,19 @@ from common.messages import Grammar
 from common.model_config import ModelConfig
 from services.gpu_worker.planner import Sequence
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 MOST_BYTES = 65_536  # of a grammar's text
 MOST_KEPT = 64  # compiled grammars
 MOST_WORDS = 500  # characters of the library's explanation that a client is told
 COMPILE_SECONDS = 1.5  # less than a gateway waits for an admission
 COMPILE_THREADS = 2
 # A lexer's states take up to 2 kB each and stay with the compiled grammar.
-LIMITS = {"max_items_in_row": 10_000, "max_lexer_states": 20_000, "verbose_errors": False}
+LIMITS: dict[str, Any] = {"max_items_in_row": 10_000, "max_lexer_states": 20_000, "verbose_errors": False}
 # Between JSON's tokens the library allows any number of blanks, in which a model may lose itself: here it is what
 # people write, nothing, one blank, or a line break and its indentation.
-JSON = {"whitespace_pattern": r"[ ]|\n[ ]{0,40}"}
+JSON: JsonCompileOptions = {"whitespace_pattern": r"[ ]|\n[ ]{0,40}"}
 
 
 @dataclass
