@@ -1,6 +1,6 @@
 """What grammars cost a step, and whether what follows them is right, on models/tiny in this process (no HTTP).
 
-python -m benchmarks.grammar [--streams 16] [--tokens 192] [--rounds 5] [--schemas 1000] [--seed 1]
+python -m benchmarks.grammar [--streams 16] [--tokens 192] [--rounds 9] [--schemas 1000] [--seed 1]
 
 First so many constrained streams against as many free ones of the same length, round by round in turn: the median step
 of each, and their ratio (goal: at most 1.15). Then random JSON schemas at temperature 1: every answer that ended by
@@ -132,20 +132,16 @@ async def validate(cluster: Composed, schemas: int, seed: int) -> bool:
 
 
 async def run(arguments: argparse.Namespace) -> bool:
-    async with compose(log_level="error", max_batch=AT_ONCE, queue_limit=schemas_waiting(arguments)) as cluster:
+    async with compose(log_level="error", max_batch=max(AT_ONCE, arguments.streams)) as cluster:
         ratio = await compare(cluster, arguments.streams, arguments.tokens, arguments.rounds)
         return await validate(cluster, arguments.schemas, arguments.seed) and ratio <= GOAL
-
-
-def schemas_waiting(arguments: argparse.Namespace) -> int:
-    return max(AT_ONCE, arguments.streams)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=192)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--schemas", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     sys.exit(0 if asyncio.run(run(parser.parse_args())) else 1)

@@ -203,7 +203,7 @@ def flat(reads: Reads) -> list[int]:
     return [token for read in reads for tokens in read for token in tokens]
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(some_reads, some_stops, st.integers(0, 8), st.booleans())
 @example([[(0, 6)]], ["a\ufffd"], 0, False)  # half a character at the end completes a stop string
 @example([[(0, 6)]], ["ab"], 0, False)  # and follows what was held back for one
@@ -216,7 +216,7 @@ def test_any_chunks_of_tokens_are_cut_as_the_whole_text_is(
     assert seen.finish == ("length" if stop is None else "stop")
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(some_reads, some_stops, st.integers(0, 8), st.booleans())
 def test_reasoning_is_split_as_in_the_whole_text_cut_at_the_stop_string(
     reads: Reads, stops: list[str], min_tokens: int, inside: bool
