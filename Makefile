@@ -9,8 +9,9 @@ TRITON ?= triton==3.6.0
 SHARDS ?= 2
 WORKERS ?= 1
 
-# Arithmetic alone, which may share the machine; the rest starts clusters and has time-outs.
-KERNEL_TESTS := tests/test_compile.py $(wildcard tests/test_kernels*.py)
+# These may share the machine, two at a time; the rest starts processes and measures time-outs.
+SHARING := $(wildcard tests/test_kernels*.py tests/test_api*.py) $(addprefix tests/test_,$(addsuffix .py,\
+	compile detokenizer grammar openapi responses_api sampling_params tokenize tools))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -34,8 +35,8 @@ serve: install
 test: install
 	ruff check .
 	mypy
-	OMP_NUM_THREADS=1 pytest -m "not gpu" -n 2 $(KERNEL_TESTS)
-	OMP_NUM_THREADS=1 pytest -m "not gpu" $(addprefix --ignore=,$(KERNEL_TESTS))
+	OMP_NUM_THREADS=1 pytest -m "not gpu" -n 2 $(SHARING)
+	OMP_NUM_THREADS=1 pytest -m "not gpu" $(addprefix --ignore=,$(SHARING))
 
 lint: install
 	ruff check --fix .
