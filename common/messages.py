@@ -56,6 +56,7 @@ def new_boot_id() -> str:
 
 
 MOST_LOGPROBS = 1024
+MOST_GRAMMAR_BYTES = 65_536  # of a grammar's text
 Id = Annotated[str, Meta(pattern=ID_PATTERN)]
 Count = Annotated[int, Meta(ge=0)]
 

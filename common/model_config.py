@@ -63,6 +63,10 @@ class ModelConfig:
     bos_id: int | None
     fingerprint: str  # of config.json and the weight files' names and sizes
 
+    def context_within(self, limit: int) -> int:
+        """The longest prompt plus output, in tokens, under the setting max_context (0: the model's own)."""
+        return min(limit or self.max_positions, self.max_positions)
+
     @property
     def moe_layers(self) -> tuple[int, ...]:
         if not self.experts:

@@ -16,13 +16,13 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+from common.cli import EXIT_USAGE
 from common.errors import ConfigError
 from common.lines import ActorLine, NatsLine
 from common.preflight import check_all, warn_unknown
 from common.settings import Settings
 
 EXIT_CONFIG = 78
-EXIT_USAGE = 2
 USAGE = "use: python -m common.supervisor services.<actor> | --nats | --check"
 TICK_SECONDS = 0.1
 LONG_LIFE_SECONDS = 10.0  # a child that lived so long is restarted as if for the first time

@@ -14,6 +14,9 @@ from pathlib import Path
 import torch
 import triton
 
+# The same processors with slower memory: without tiles of its own, a device takes the other's.
+_STAND_INS = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
+
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, one program after another
 
 
@@ -65,7 +68,8 @@ def measured_tile(folder: Path | str, shape: str, tokens: int) -> dict[str, int]
     `folder`/tiles.json maps Triton's version -> device -> shape (with its dtype) -> bucket -> tile; a bucket is named
     by the most tokens it holds.
     """
-    table = _table(Path(folder) / "tiles.json")
-    buckets = table.get(triton.__version__, {}).get(current().device, {}).get(shape, {})
+    devices, device = _table(Path(folder) / "tiles.json").get(triton.__version__, {}), current().device
+    own, others = (devices.get(name, {}).get(shape, {}) for name in (device, _STAND_INS.get(device)))
+    buckets = own or others
     fitting = [bucket for bucket in sorted(map(int, buckets)) if bucket >= tokens]
     return dict(buckets[str(fitting[0])]) if fitting else None

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidRequest
-from common.messages import Grammar
+from common.messages import MOST_GRAMMAR_BYTES, Grammar
 from common.settings import Settings
-from services.gateway.structured import MAX_BYTES, one_of
+from services.gateway.structured import one_of
 from tests.api_front import TOKENIZER, Front, make_front
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -104,8 +104,8 @@ async def test_a_model_that_has_begun_to_reason_may_end_that_first(
             "response_format and guided",
             "guided_regex",
         ),
-        ({"guided_regex": "a" * (MAX_BYTES + 1)}, f"limit is {MAX_BYTES}", "guided_regex"),
-        ({"guided_json": {"const": "é" * (MAX_BYTES // 2)}}, f"limit is {MAX_BYTES}", "guided_json"),
+        ({"guided_regex": "a" * (MOST_GRAMMAR_BYTES + 1)}, f"limit is {MOST_GRAMMAR_BYTES}", "guided_regex"),
+        ({"guided_json": {"const": "é" * (MOST_GRAMMAR_BYTES // 2)}}, f"limit is {MOST_GRAMMAR_BYTES}", "guided_json"),
     ],
 )
 async def test_what_is_refused(front: Front, fields: dict, says: str, param: str | None) -> None:

@@ -63,7 +63,8 @@ class Run:
         """rows[i] of sequence i: 0 for none, 1 for a decode, more for a chunk of prefill."""
         order = [i for i, n in enumerate(rows) if n == 1] + [i for i, n in enumerate(rows) if n > 1]
         spans = [(i, self.done[i], self.done[i] + rows[i]) for i in order]
-        logits = self.model.forward(self._batch(spans), self.cache)
+        batch = self._batch(spans)
+        logits = self.model.logits(self.model.hidden(batch, self.cache), batch.logit_rows)
         for (i, _, end), part in zip(spans, logits.split([b - a for _, a, b in spans]), strict=True):
             self.logits[i].append(part)
             self.done[i] = end

@@ -75,10 +75,12 @@ def keep(where: tuple[str, str, int], tile: dict | None) -> None:
     path = KERNELS / room / "tiles.json"
     table = json.loads(path.read_text()) if path.exists() else {}
     device = table.setdefault(triton.__version__, {}).setdefault(torch.cuda.get_device_name(), {})
-    device.setdefault(shape, {})[str(bucket)] = tile
+    buckets = device.setdefault(shape, {})
     if tile is None:
-        del device[shape][str(bucket)]
-    if not device[shape]:
+        buckets.pop(str(bucket), None)
+    else:
+        buckets[str(bucket)] = tile
+    if not buckets:
         del device[shape]
     for entry in device.values():  # buckets in the order of their size
         ordered = sorted(entry.items(), key=lambda item: int(item[0]))

@@ -12,7 +12,6 @@ can keep them from finishing. A token's experts differ, so that a block has at m
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,12 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
-from kernels.combine_norm.naive import SlotRows
 from kernels.experts.few_feed import TOKENS, N, deal, feed_rows, feed_weights, fence_proxies, hear
-from kernels.experts.work import ExpertWork
+from kernels.experts.work import ExpertWork, rows_and_scale
+from kernels.hopper import descriptor, ring_barriers
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
 from kernels.target import current
 
@@ -151,12 +149,9 @@ def _few_rows(
     xs = gl.allocate_shared_memory(up.dtype, [STAGES, N, BK], x.layout)
     indices = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     told = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(told.index(stage), count=1)
-        mbarrier.init(full.index(stage), count=2)
-        mbarrier.init(empty.index(stage), count=1)
+    full, empty = ring_barriers(STAGES, 2, 1)
     fence_async_shared()
     index, odd = deal(progress)
     done = progress + 1 + odd * most
@@ -175,39 +170,20 @@ def _few_rows(
 
 def grouped_ffn(
     x: Tensor | Fp8Rows, weights: Tensor, gate_up: Tensor | Fp8Blocks, down: Tensor | Fp8Blocks, work: ExpertWork
-) -> SlotRows:
+) -> None:
+    """Fills work.rows."""
     plan, act = work.plan, work.act
-    part, (tokens, topk), (held, hidden, _) = SlotRows(work.rows, plan.places), weights.shape, gate_up.data.shape
-    if not held or not plan.pairs.numel():
-        return part
+    (tokens, topk), hidden = weights.shape, gate_up.data.shape[1]
     scaled, inter, most = isinstance(act, Fp8Rows), act.data.shape[1], len(plan.blocks)
     strip, wide = (GROUP, GROUP) if scaled else (64, 64)  # wide: elements of a step
     if tokens > TOKENS or hidden % (2 * strip) or inter % strip or most > 64:  # a vector's length
         raise ValueError(f"no tile for {tokens} tokens of {hidden} and {inter}")
     programs = min(current().processors, most * (inter // strip + hidden // (2 * strip)))
-    (up, up_scale), (out, down_scale) = _rows_and_scale(gate_up), _rows_and_scale(down)
+    (up, up_scale), (out, down_scale) = rows_and_scale(gate_up), rows_and_scale(down)
     _few_rows[(programs,)](
-        _descriptor(x.data, TOKENS, wide), _descriptor(act.data, TOKENS, wide),
-        _descriptor(up, strip, wide), _descriptor(out, strip, wide),
+        descriptor(x.data, TOKENS, wide), descriptor(act.data, TOKENS, wide),
+        descriptor(up, strip, wide), descriptor(out, strip, wide),
         act.data, getattr(act, "scale", None), getattr(x, "scale", None), up_scale, down_scale, work.rows, weights,
         plan.pairs, plan.places, plan.blocks, plan.counts, work.progress, tokens, most,
         hidden, inter, topk, work.tile["both"]["stages"], scaled, num_warps=4, maxnreg=128, launch_pdl=True,
     )  # fmt: skip
-    return part
-
-
-def _rows_and_scale(stack: Tensor | Fp8Blocks) -> tuple[Tensor, Tensor | None]:
-    """As they lie in memory: [held * n, k]; raises where the stack is not a transposed view."""
-    held, k, n = stack.data.shape
-    scale = stack.scale.mT if isinstance(stack, Fp8Blocks) else None
-    if scale is not None and not scale.is_contiguous():
-        raise ValueError("scales lie as their weights: a transposed view")
-    return stack.data.mT.view(held * n, k), scale
-
-
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
-
-
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)

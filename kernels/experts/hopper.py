@@ -23,10 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.combine_norm.naive import SlotRows
-from kernels.experts.work import ExpertWork
+from kernels.experts.work import ExpertWork, rows_and_scale
+from kernels.hopper import descriptor, ring_barriers
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
 from kernels.target import current
 
@@ -195,11 +194,7 @@ def _many_rows(
     xs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, _HALF, _GROUP], x.layout)
     ws = gl.allocate_shared_memory(w.dtype, [2 * STAGES, _GROUP, _GROUP], w.layout)
     staged = gl.allocate_shared_memory(out.dtype, [2, _HALF, _GROUP], out.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    full, empty = ring_barriers(STAGES, 1, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -214,13 +209,10 @@ def _many_rows(
     )  # fmt: skip
 
 
-def grouped_ffn(x: Fp8Rows, weights: Tensor, gate_up: Fp8Blocks, down: Fp8Blocks, work: ExpertWork) -> SlotRows:
-    """Until the second product fills work.rows, the rows of x lie there."""
+def grouped_ffn(x: Fp8Rows, weights: Tensor, gate_up: Fp8Blocks, down: Fp8Blocks, work: ExpertWork) -> None:
+    """Fills work.rows; until the second product does, the rows of x lie there."""
     plan, act = work.plan, work.act
     assert isinstance(act, Fp8Rows) and plan.block_rows == BLOCK
-    part = SlotRows(work.rows, plan.places)
-    if not len(gate_up.data) or not plan.pairs.numel():
-        return part
     pairs, hidden = work.rows.shape
     gathered = work.rows.view(torch.uint8).view(-1)[: pairs * hidden].view(pairs, hidden)
     words = hidden // 4
@@ -231,7 +223,6 @@ def grouped_ffn(x: Fp8Rows, weights: Tensor, gate_up: Fp8Blocks, down: Fp8Blocks
     rows = Fp8Rows(gathered.view(x.data.dtype), x.scale)
     _launch(True, rows, gate_up, act.data, act.scale, weights, work)
     _launch(False, act, down, work.rows, None, weights, work)
-    return part
 
 
 def _launch(
@@ -239,22 +230,11 @@ def _launch(
     work: ExpertWork,
 ) -> None:  # fmt: skip
     plan, tile = work.plan, work.tile["gate_up" if is_gate_up else "down"]
-    (held, k, n), width = stack.data.shape, out.shape[1]
-    scale = stack.scale.mT
-    if not scale.is_contiguous():
-        raise ValueError("scales lie as their weights: a transposed view")
-    w = stack.data.mT.view(held * n, k)  # as in memory; raises where the stack is not a transposed view
+    k, width = stack.data.shape[1], out.shape[1]
+    w, scale = rows_and_scale(stack)
     programs = min(current().processors, len(plan.blocks) * (width // (GROUP if is_gate_up else 2 * GROUP)))
     _many_rows[(programs,)](
-        _descriptor(x.data, BLOCK // 2), _descriptor(w, GROUP), _descriptor(out, BLOCK // 2), out,
+        descriptor(x.data, BLOCK // 2, GROUP), descriptor(w, GROUP, GROUP), descriptor(out, BLOCK // 2, GROUP), out,
         x.scale, scale, out_scale, gates, plan.pairs, plan.blocks, plan.counts, k, width, gates.shape[1],
         is_gate_up, tile["stages"], tile["deep"], num_warps=4,
     )  # fmt: skip
-
-
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
-
-
-def _descriptor(matrix: Tensor, rows: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, GROUP], _DTYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, [rows, GROUP], layout)

@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.combine_norm.naive import SlotRows
 from kernels.expert_plan.naive import ExpertPlan
 from kernels.experts.tiles import fit
-from kernels.experts.work import ExpertWork
+from kernels.experts.work import ExpertWork, rows_and_scale
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
 from kernels.target import INTERPRETED, current
 from kernels.tl_ops import dot, fp8_max, to_fp8
@@ -180,18 +180,22 @@ def grouped_ffn(
 ) -> SlotRows:
     """Launches may overlap (PDL): each waits for the whole of the one before it, and lets the next start only after
     that, so what an earlier launch than the last wrote may be read before the wait."""
+    part = SlotRows(work.rows, work.plan.places)
+    if not len(gate_up.data) or not work.plan.pairs.numel():
+        return part
     if "both" in work.tile:
         from kernels.experts import few  # Gluon, which neither the interpreter nor AMD runs
 
-        return few.grouped_ffn(x, weights, gate_up, down, work)
-    if "deep" in work.tile["gate_up"]:
+        few.grouped_ffn(x, weights, gate_up, down, work)
+    elif "deep" in work.tile["gate_up"]:
         from kernels.experts import hopper
 
         assert isinstance(x, Fp8Rows) and isinstance(gate_up, Fp8Blocks) and isinstance(down, Fp8Blocks)
-        return hopper.grouped_ffn(x, weights, gate_up, down, work)
-    launch_gate_up(x, weights, gate_up, work)
-    launch_down(weights, down, work)
-    return SlotRows(work.rows, work.plan.places)
+        hopper.grouped_ffn(x, weights, gate_up, down, work)
+    else:
+        launch_gate_up(x, weights, gate_up, work)
+        launch_down(weights, down, work)
+    return part
 
 
 def launch_gate_up(x: Tensor | Fp8Rows, weights: Tensor, gate_up: Tensor | Fp8Blocks, work: ExpertWork) -> None:
@@ -214,14 +218,9 @@ def _launch(
     tile: dict,
 ) -> None:
     rows, x_scale = (x.data, x.scale) if isinstance(x, Fp8Rows) else (x, None)
-    data, scale = (stack.data, stack.scale.mT) if isinstance(stack, Fp8Blocks) else (stack, None)
+    w, scale = rows_and_scale(stack)
     to, out_scale = (out.data, out.scale) if isinstance(out, Fp8Rows) else (out, None)
-    held, k, n = data.shape
-    if not held or not plan.pairs.numel():
-        return
-    w = data.mT.view(held * n, k)  # as in memory; raises where the stack is not a transposed view
-    if scale is not None and not scale.is_contiguous():
-        raise ValueError("scales lie as their weights: a transposed view")
+    held, k, n = stack.data.shape
     if scale is not None and k % GROUP:
         raise ValueError(f"rows of {k} in fp8: {GROUP} must divide it")
     tile = fit(tile, k, n, is_gate_up, scale is not None)

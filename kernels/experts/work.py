@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.expert_plan.naive import ExpertPlan
-from kernels.quant.naive import Fp8Rows
+from kernels.quant.naive import Fp8Blocks, Fp8Rows
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,12 @@ class ExpertWork:
         plan = ExpertPlan.empty(tokens, topk, held, tile["rows"], device)
         progress = torch.zeros(1 + 2 * len(plan.blocks), dtype=torch.int32, device=device)
         return ExpertWork(plan, act, rows, progress, tile)
+
+
+def rows_and_scale(stack: Tensor | Fp8Blocks) -> tuple[Tensor, Tensor | None]:
+    """A stack as it lies in memory, [held * n, k], and its scales; raises where it is not a transposed view."""
+    held, k, n = stack.data.shape
+    scale = stack.scale.mT if isinstance(stack, Fp8Blocks) else None
+    if scale is not None and not scale.is_contiguous():
+        raise ValueError("scales lie as their weights: a transposed view")
+    return stack.data.mT.view(held * n, k), scale

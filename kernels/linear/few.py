@@ -9,7 +9,6 @@ more splits, whose sums cross the L2 too. Weights of the first round are asked f
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,9 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
+from kernels.hopper import descriptor, ring_barriers
 from kernels.linear.naive import LinearScratch
 from kernels.linear.tiles import HIGH, ROWS
 
@@ -204,11 +203,7 @@ def _few_tokens(
     cuda.gdc_launch_dependents()
     xs = gl.allocate_shared_memory(x.dtype, [STAGES * DEEP * HEIGHT, BM, BK], x.layout)
     ws = gl.allocate_shared_memory(w.dtype, [STAGES * DEEP * WIDTH, _ROWS, BK], w.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=WIDTH * HEIGHT)
+    full, empty = ring_barriers(STAGES, 1, WIDTH * HEIGHT)
     fence_async_shared()
     split, blocks = gl.program_id(1), k // BK
     column = gl.program_id(0) * (WIDTH * _ROWS)
@@ -225,14 +220,7 @@ def _few_tokens(
     )  # fmt: skip
 
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
 FEEDER = 32  # registers a thread of it
-
-
-def _descriptor(matrix: Tensor, rows: int) -> TensorDescriptor:
-    columns = WIDE // matrix.itemsize
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
 
 def few_tokens(
@@ -248,18 +236,18 @@ def few_tokens(
     """Rows of x and w must lie multiples of 16 bytes apart."""
     (tokens, k), n = x.shape, len(w)
     bm, height, width, resident = min(tile["BM"], HIGH), -(-tile["BM"] // HIGH), tile["width"], tile["resident"]
+    columns = WIDE // x.itemsize
     tiles, splits = -(-n // (width * ROWS)), 1 if scratch is None else tile["splits"]
     parts = tiles * width * height
-    if tokens > bm * height or k % (WIDE // x.itemsize):
+    if tokens > bm * height or k % columns:
         raise ValueError(f"a tile of {tile['BM']} tokens does not take {tokens}, or blocks of {WIDE} bytes not K = {k}")
-    if splits > 1 and (parts > LinearScratch.TICKETS or parts * splits * bm * ROWS > LinearScratch.PARTIALS):
-        raise ValueError(f"{splits} splits of {parts} times {bm}x{ROWS} do not fit LinearScratch")
+    LinearScratch.check(splits, parts, bm, ROWS)
     # Four warps of registers for each warpgroup, and four that only the feeder uses.
     groups = width * height
     each = min(248, (1 << 16) // (resident * 128 * (groups + 1)) // 8 * 8)
     most = min(240, ((groups + 1) * each - FEEDER) // groups // 8 * 8)
     _few_tokens[(tiles, splits)](
-        _descriptor(x, bm), _descriptor(w, ROWS), x_scale, w_scale, add, out,
+        descriptor(x, bm, columns), descriptor(w, ROWS, columns), x_scale, w_scale, add, out,
         scratch.partials if scratch else None, scratch.tickets if scratch else None, tokens, n, k,
         0 if x_scale is None else x_scale.stride(0), 0 if w_scale is None else w_scale.stride(0),
         0 if add is None else add.stride(0), out.stride(0),

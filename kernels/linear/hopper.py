@@ -9,7 +9,6 @@ References: DeepGEMM's promotion, CUTLASS's persistent warp-specialised schedule
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,8 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.hopper import descriptor, ring_barriers
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
 
 BM = 128
@@ -154,11 +153,7 @@ def _many_tokens(
         ws1 = gl.allocate_shared_memory(w1.dtype, [STAGES, N1, _BK], w1.layout)
         if N1 != N0:
             staged1 = gl.allocate_shared_memory(out1.dtype, [2, _HALF, N1], out1.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+    full, empty = ring_barriers(STAGES, 1, 2)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -173,14 +168,6 @@ def _many_tokens(
     )  # fmt: skip
 
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
-
-
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
-
-
 def many_tokens(x: Fp8Rows, w: Fp8Blocks, out: Tensor, add: Tensor | None, tile: dict, processors: int) -> None:
     """Rows of `out` must lie a multiple of 16 bytes apart."""
     (tokens, k), n = x.data.shape, out.shape[1]
@@ -188,8 +175,8 @@ def many_tokens(x: Fp8Rows, w: Fp8Blocks, out: Tensor, add: Tensor | None, tile:
     weights = w.data.T  # [n, k]
     programs = min(processors, -(-tokens // BM) * -(-n // (n0 + n1)))
     _many_tokens[(programs,)](
-        _descriptor(x.data, BM // 2, GROUP), _descriptor(weights, n0, GROUP), _descriptor(weights, n1 or n0, GROUP),
-        _descriptor(out, BM // 2, n0), _descriptor(out, BM // 2, n1 or n0), x.scale, w.scale, add, tokens, n, k,
+        descriptor(x.data, BM // 2, GROUP), descriptor(weights, n0, GROUP), descriptor(weights, n1 or n0, GROUP),
+        descriptor(out, BM // 2, n0), descriptor(out, BM // 2, n1 or n0), x.scale, w.scale, add, tokens, n, k,
         x.scale.stride(0), w.scale.stride(1), 0 if add is None else add.stride(0), add is not None, n0, n1,
         tile["stages"], tile["deep"], num_warps=4,
     )  # fmt: skip

@@ -26,6 +26,13 @@ class LinearScratch:
             torch.zeros(LinearScratch.TICKETS, dtype=torch.int32, device=device),
         )
 
+    @staticmethod
+    def check(splits: int, tiles: int, rows: int, columns: int) -> None:
+        """Raises ValueError for a launch that is too large: so many splits of so many tiles of this size."""
+        tight = tiles > LinearScratch.TICKETS or tiles * splits * rows * columns > LinearScratch.PARTIALS
+        if splits > 1 and tight:
+            raise ValueError(f"{splits} splits of {tiles} tiles of {rows}x{columns} do not fit LinearScratch")
+
 
 def linear(x: Tensor | Fp8Rows, w: Tensor | Fp8Blocks, out: Tensor, *, add: Tensor | None = None) -> None:
     """out = x @ w (+ add)"""

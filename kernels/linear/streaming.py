@@ -123,8 +123,7 @@ def streaming(
     bm, bn, bk = tile["BM"], tile["BN"], tile["BK"]
     tiles = triton.cdiv(tokens, bm) * triton.cdiv(n, bn)
     splits = 1 if scratch is None else tile["splits"]
-    if splits > 1 and (tiles > LinearScratch.TICKETS or tiles * splits * bm * bn > LinearScratch.PARTIALS):
-        raise ValueError(f"{splits} splits of {tiles} tiles of {bm}x{bn} do not fit LinearScratch")
+    LinearScratch.check(splits, tiles, bm, bn)
     if k % bk or (x_scale is not None and (bk != GROUP or GROUP % bn)):
         raise ValueError(f"a tile of {bn} columns by {bk} of K does not fit K = {k} and its scales")
     tma, pdl = bool(tile.get("tma")) and loaded_by_tma(x) and loaded_by_tma(w), bool(tile.get("pdl"))

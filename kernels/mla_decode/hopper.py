@@ -12,6 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
 from common.pages import PAGE
+from kernels.hopper import descriptor
 from kernels.mla_decode.hopper_pages import BARRIERS, CHUNKS, PAGE_TOKENS, Q_EMPTY, STAGES, feed, widen
 from kernels.mla_decode.hopper_rows import follow, lead, side
 
@@ -68,14 +69,6 @@ def attention(
             [4, 4 if FP8 else 1],
             [160, 160] if FP8 else [208, 40],
         )  # fmt: skip
-
-
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
-
-
-def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
 
 
 def page_descriptor(plane: Tensor, columns: int) -> tuple[TensorDescriptor, int]:

@@ -66,30 +66,16 @@ def _store(out, pieces, result, row, column, whole, slot, request, rows, ROWS: g
 
 
 @gluon.jit
-def _write(out, pieces, sums, share, column, request, rows, page, stop, length, WIDTH: gl.constexpr):
-    """The sums of the columns `column` and on, times `share`. Returns what _place does."""
-    ROWS: gl.constexpr = sums[0].shape[0]
-    CHUNK: gl.constexpr = sums[0].shape[1]
-    LAYOUT: gl.constexpr = sums[0].type.layout
+def _write(
+    out, pieces, sums, share, row, column, request, rows, page, stop, length,
+    ROWS: gl.constexpr, CHUNK: gl.constexpr, WIDTH: gl.constexpr,
+):  # fmt: skip
+    """The sums of CHUNK columns each, times `share`; `row` and the first one's `column` are broadcast, as share is.
+    Returns what _place does."""
     whole, slot = _place(pieces, request, rows, page, stop, length, ROWS, WIDTH)
-    row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))[:, None]
     for k in gl.static_range(len(sums)):
-        at = column + k * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, LAYOUT))[None, :]
-        _store(out, pieces, sums[k] * share[:, None], row, at, whole, slot, request, rows, ROWS, WIDTH)
-    return whole, slot
-
-
-@gluon.jit
-def _write_turned(out, pieces, sums, share, column, request, rows, page, stop, length, WIDTH: gl.constexpr):
-    """`_write`, [latent columns, rows]."""
-    CHUNK: gl.constexpr = sums[0].shape[0]
-    ROWS: gl.constexpr = sums[0].shape[1]
-    LAYOUT: gl.constexpr = sums[0].type.layout
-    whole, slot = _place(pieces, request, rows, page, stop, length, ROWS, WIDTH)
-    row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))[None, :]
-    for k in gl.static_range(len(sums)):
-        at = column + k * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))[:, None]
-        _store(out, pieces, sums[k] * share[None, :], row, at, whole, slot, request, rows, ROWS, WIDTH)
+        at = column + k * CHUNK
+        _store(out, pieces, sums[k] * share, row, at, whole, slot, request, rows, ROWS, WIDTH)
     return whole, slot
 
 
@@ -144,11 +130,18 @@ def _zeros(ROWS: gl.constexpr, WIDTH: gl.constexpr, COUNT: gl.constexpr, LAYOUT:
 
 
 @gluon.jit
+def _faded(sums, fade):
+    """All sums times `fade`, before any product starts: none may be touched while one runs."""
+    faded = ()
+    for k in gl.static_range(len(sums)):
+        faded = faded + (warpgroup_mma_init(sums[k] * fade),)  # noqa: RUF005
+    return faded
+
+
+@gluon.jit
 def _add_values(weights, fade, sums, pages, step, FIRST: gl.constexpr):
     """Starts sums * fade + weights values, for the chunks FIRST and on of a page."""
-    faded = ()
-    for k in gl.static_range(len(sums)):  # all of them first: none may be touched while products run
-        faded = faded + (warpgroup_mma_init(sums[k] * fade[:, None]),)  # noqa: RUF005
+    faded = _faded(sums, fade[:, None])
     runs = ()
     for k in gl.static_range(len(sums)):
         values = pages.index(step % STAGES * (pages.shape[0] // STAGES) + FIRST + k)
@@ -181,6 +174,8 @@ def lead(qs, q_keys, pages, page_keys, weights, factors, bars, context, begin, o
     row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
     ahead = rows // heads - 1 - row // heads  # tokens of this step that come after the row's own
     place = gl.arange(0, PAGE_TOKENS, gl.SliceLayout(0, SCORES))[None, :]
+    line = gl.program_id(0) * ROWS + gl.arange(0, ROWS, FACTORS)[:, None]
+    column = gl.arange(0, CHUNK, gl.SliceLayout(0, SUMS))[None, :]
     zero = gl.zeros([ROWS, PAGE_TOKENS], gl.float32, SCORES)
     step, sent, asked = gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0)
     for request in range(first, end):
@@ -221,8 +216,10 @@ def lead(qs, q_keys, pages, page_keys, weights, factors, bars, context, begin, o
         factors.store(share)
         mbarrier.arrive(bars.index(SENT))
         sent += 1
-        share = gl.convert_layout(share, FACTORS)
-        whole, slot = _write(out, pieces, sums, share, 0, request, rows, page, stop, length, KV_LORA)
+        share = gl.convert_layout(share, FACTORS)[:, None]
+        whole, slot = _write(
+            out, pieces, sums, share, line, column, request, rows, page, stop, length, ROWS, CHUNK, KV_LORA
+        )
         gl.store(lse + slot + row, top + gl.log2(total), mask=(row >= 0) & (whole == 0))
 
 
@@ -235,6 +232,8 @@ def follow(pages, weights, factors, bars, context, begin, out, pieces, rows, KV_
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     FACTORS: gl.constexpr = gl.SliceLayout(1, SUMS)
     first, first_page, end, cut, cut_page = part_of_program(begin)
+    line = gl.program_id(0) * ROWS + gl.arange(0, ROWS, FACTORS)[:, None]
+    column = FIRST * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(0, SUMS))[None, :]
     step, taken = gl.to_tensor(0), gl.to_tensor(0)
     for request in range(first, end):
         page = gl.where(request == first, first_page, 0)
@@ -251,10 +250,10 @@ def follow(pages, weights, factors, bars, context, begin, out, pieces, rows, KV_
             step += 1
             taken += 1
         mbarrier.wait(bars.index(SENT), taken & 1)
-        share = factors.load(FACTORS)
+        share = factors.load(FACTORS)[:, None]
         mbarrier.arrive(bars.index(TAKEN))
         taken += 1
-        _write(out, pieces, sums, share, FIRST * CHUNK, request, rows, page, stop, length, KV_LORA)
+        _write(out, pieces, sums, share, line, column, request, rows, page, stop, length, ROWS, CHUNK, KV_LORA)
 
 
 @gluon.jit
@@ -298,9 +297,7 @@ def _weigh_turned(scores, top, total, weights):
 @gluon.jit
 def _add_turned(weights, fade, sums, pages, step, FIRST: gl.constexpr):
     """`_add_values`, [latent columns, rows]."""
-    faded = ()
-    for k in gl.static_range(len(sums)):
-        faded = faded + (warpgroup_mma_init(sums[k] * fade[None, :]),)  # noqa: RUF005
+    faded = _faded(sums, fade[None, :])
     runs = ()
     for k in gl.static_range(len(sums)):
         values = pages.index(step % STAGES * (pages.shape[0] // STAGES) + FIRST + k).permute((1, 0))
@@ -321,6 +318,7 @@ def side(qs, q_keys, pages, page_keys, weights, halves, bars, context, begin, ou
     row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, LAYOUT))
     ahead = rows // heads - 1 - row // heads  # tokens of this step that come after the row's own
     place = gl.arange(0, PAGE_TOKENS, gl.SliceLayout(1, LAYOUT))[:, None]
+    column = FIRST * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))[:, None]
     mine = weights.index(RIGHT).permute((1, 0))  # [tokens, rows]
     step, asked = gl.to_tensor(0), gl.to_tensor(0)
     for request in range(first, end):
@@ -344,8 +342,9 @@ def side(qs, q_keys, pages, page_keys, weights, halves, bars, context, begin, ou
             sums = _values_added(adding, bars, step, FIRST, COUNT, 0)
             step += 1
         mass = gl.sum(total, 0)
-        whole, slot = _write_turned(
-            out, pieces, sums, _share(mass), FIRST * CHUNK, request, rows, page, stop, length, KV_LORA
+        share = _share(mass)[None, :]
+        whole, slot = _write(
+            out, pieces, sums, share, row[None, :], column, request, rows, page, stop, length, ROWS, CHUNK, KV_LORA
         )
         if not RIGHT:
             gl.store(lse + slot + row, top + gl.log2(mass), mask=(row >= 0) & (whole == 0))

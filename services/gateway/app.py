@@ -6,7 +6,7 @@ import functools
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from starlette.exceptions import HTTPException
@@ -16,18 +16,15 @@ from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from common.errors import InternalError, MethodNotAllowed, MoeculeError, NotFound, NoWorker, RequestCancelled
-from services.gateway.bodies import decode_body
 from services.gateway.cache import Forgotten
 from services.gateway.docs_page import docs_page
-from services.gateway.generate import JSON_HEADERS, Endpoint, Generator, read_all
+from services.gateway.generate import Endpoint, Generator, send_json
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openapi import ModelCard, ModelList, Served, Status, document
 from services.gateway.protocol import ChatBody, CompletionBody
 from services.gateway.responses import error_body
 from services.gateway.responses_api import ResponsesEndpoint
 from services.gateway.tokenize import Counter, DetokenizeBody, TokenizeBody
-
-Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class App:
@@ -45,8 +42,7 @@ class App:
         log: Any,
     ) -> None:
         self._preparer = generator.preparer
-        self._body_limit = generator.body_limit
-        self._warn_unknown = generator.warn_unknown
+        self._read_body = generator.read_body
         self._counter = Counter(generator.preparer)
         self._metrics = metrics
         self._why_not_ready = why_not_ready
@@ -106,11 +102,9 @@ class App:
             # Whoever waits for the start asks /ready again and again.
             tell = self._log.debug if scope["path"] == "/ready" else self._log.warning
             tell("refused", path=scope["path"], code=error.code, why=error.message)
-        data = error_body(error)
-        headers = [*JSON_HEADERS, (b"content-length", str(len(data)).encode()), *_retry_headers(error)]
+        headers = _retry_headers(error)
         headers += [(name.lower().encode(), value.encode()) for name, value in (extra or {}).items()]
-        await answer({"type": "http.response.start", "status": error.status, "headers": headers})
-        await answer({"type": "http.response.body", "body": data})
+        await send_json(answer, error_body(error), error.status, headers)
 
     # ---- the small endpoints
 
@@ -125,10 +119,12 @@ class App:
         return _json(self._card())
 
     async def _tokenize(self, request: Request) -> Response:
-        return _json(await self._counter.tokenize(await self._read(request, TokenizeBody)))
+        body = await self._read_body(request.scope, request.receive, TokenizeBody)
+        return _json(await self._counter.tokenize(body))
 
     async def _detokenize(self, request: Request) -> Response:
-        return _json(await self._counter.detokenize(await self._read(request, DetokenizeBody)))
+        body = await self._read_body(request.scope, request.receive, DetokenizeBody)
+        return _json(await self._counter.detokenize(body))
 
     async def _reset_prefix_cache(self, _: Request) -> Response:
         return _json(await self._forget_pages())
@@ -153,11 +149,6 @@ class App:
 
     def _served(self, request: Request) -> Served:
         return Served(_base_url(request), self._preparer.name, self._preparer.config.vocab)
-
-    async def _read(self, request: Request, kind: type[Body]) -> Body:
-        body, unknown = decode_body(await read_all(request.scope, request.receive, self._body_limit), kind)
-        self._warn_unknown(unknown)
-        return body
 
 
 class _Tagged:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Generic
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Generic, TypeVar
 
+import msgspec
 from starlette.types import Receive, Scope, Send
 
 from common.actor import first_leaf
@@ -28,6 +29,7 @@ SSE_HEADERS = [
 JSON_HEADERS = [(b"content-type", b"application/json")]
 REMEMBERED_FIELDS = 1000  # unknown field names that were warned about
 
+AnyStruct = TypeVar("AnyStruct", bound=msgspec.Struct)
 OnDelta = Callable[[int, Delta], Awaitable[None]]
 
 
@@ -53,6 +55,12 @@ class Generator:
                 self._warned.add(name)
                 self._log.warning("an unknown field of a request is ignored", field=name[:100])
 
+    async def read_body(self, scope: Scope, receive: Receive, kind: type[AnyStruct]) -> AnyStruct:
+        """Raises InvalidRequest, BodyTooLarge or RequestCancelled; fields that are unknown are warned about once."""
+        body, unknown = decode_body(await read_all(scope, receive, self.body_limit), kind)
+        self.warn_unknown(unknown)
+        return body
+
     async def run(self, jobs: list[Job], outputs: list[Output], receive: Receive, on_delta: OnDelta) -> None:
         """Raises RequestCancelled when the client leaves, or the error that ended one of the choices."""
         try:
@@ -66,6 +74,20 @@ class Generator:
                 watcher.cancel()
         except BaseExceptionGroup as failures:
             raise first_leaf(failures) from failures
+
+    async def run_told(
+        self, jobs: list[Job], outputs: list[Output], receive: Receive, on_delta: OnDelta, events: EventStream
+    ) -> MoeculeError | None:
+        """`run`, whose error is returned once `events` has begun: what remains is to tell of it there. Until the first
+        event the answer can still be an HTTP error, which clients retry by themselves."""
+        try:
+            await self.run(jobs, outputs, receive, on_delta)
+        except MoeculeError as error:
+            if not events.begun or isinstance(error, RequestCancelled):
+                raise
+            self.metrics.failed(error.code)
+            return error
+        return None
 
     async def _follow(self, job: Job, output: Output, on_delta: OnDelta) -> None:
         began = last = self._clock.now()
@@ -96,7 +118,7 @@ class Endpoint(Generic[Body]):
         generator.active += 1
         generator.metrics.running.set(generator.active)
         try:
-            await self._answer(scope, receive, send)
+            await self.answer(scope, receive, send)
         except MoeculeError as error:
             generator.metrics.failed(error.code)
             raise
@@ -104,9 +126,8 @@ class Endpoint(Generic[Body]):
             generator.active -= 1
             generator.metrics.running.set(generator.active)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body, unknown = decode_body(await read_all(scope, receive, self._generator.body_limit), self._kind)
-        self._generator.warn_unknown(unknown)
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await self._generator.read_body(scope, receive, self._kind)
         check(body)
         preparer = self._generator.preparer
         if isinstance(body, ChatBody):
@@ -136,8 +157,7 @@ class Endpoint(Generic[Body]):
         await self._generator.run(jobs, outputs, receive, keep)
         size = sum(map(_entries, deltas))
         data = await off_loop(size, writer.whole, deltas, usage_of(body, jobs, outputs))
-        await send({"type": "http.response.start", "status": 200, "headers": [*JSON_HEADERS, _length(data)]})
-        await send({"type": "http.response.body", "body": data})
+        await send_json(send, data)
 
     async def _stream(
         self, body: Body, jobs: list[Job], outputs: list[Output], writer: Writer, receive: Receive, send: Send
@@ -148,13 +168,7 @@ class Endpoint(Generic[Body]):
             usage = usage_of(body, jobs, outputs) if body.continuous_usage else None
             await events.send(await off_loop(_entries(delta), writer.part, index, delta, usage))
 
-        try:
-            await self._generator.run(jobs, outputs, receive, pass_on)
-        except MoeculeError as error:
-            # Until the first event the answer can still be an HTTP error, which clients retry by themselves.
-            if not events.begun or isinstance(error, RequestCancelled):
-                raise
-            self._generator.metrics.failed(error.code)
+        if error := await self._generator.run_told(jobs, outputs, receive, pass_on, events):
             await events.end(error_event(error))
             return
         if body.include_usage:
@@ -177,6 +191,13 @@ class EventStream:
 
     async def end(self, data: bytes) -> None:
         await self.send(data, more=False)
+
+
+async def send_json(send: Send, data: bytes, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+    """A whole answer."""
+    length = (b"content-length", str(len(data)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*JSON_HEADERS, length, *headers]})
+    await send({"type": "http.response.body", "body": data})
 
 
 def usage_of(body: ChatBody | CompletionBody, jobs: list[Job], outputs: list[Output]) -> Usage:
@@ -224,7 +245,3 @@ async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     raise RequestCancelled("the client left")
-
-
-def _length(data: bytes) -> tuple[bytes, bytes]:
-    return b"content-length", str(len(data)).encode()

@@ -28,7 +28,7 @@ from services.gateway.cache import Forgotten
 from services.gateway.parameters import meaning
 from services.gateway.protocol import ChatBody, CompletionBody
 from services.gateway.response_events import AnyEvent, Response
-from services.gateway.responses import Answer, ChatChoice, TextChoice
+from services.gateway.responses import Answer, ChatChoice, Error, TextChoice
 from services.gateway.responses_api import ResponsesBody
 from services.gateway.samples import SAMPLES, Sample
 from services.gateway.tokenize import DetokenizeBody, Text, TokenizeBody, Tokens
@@ -58,19 +58,6 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 class Status(msgspec.Struct, frozen=True):
     status: Literal["alive", "ready"]
-
-
-class ErrorDetails(msgspec.Struct, frozen=True):
-    """`param` names the field that is wrong, `code` the kind of error."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class Error(msgspec.Struct, frozen=True):
-    error: ErrorDetails
 
 
 # ---- operations

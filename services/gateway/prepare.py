@@ -73,15 +73,14 @@ class Preparer:
         self.name = settings.served_name
         self.config = config
         self.tokenizer = tokenizer
-        self.context = min(settings.max_context or config.max_positions, config.max_positions)
+        self.context = config.context_within(settings.max_context)
         self._most_cached = most_cached
         self._defaults = generation_defaults(Path(settings.model))
-        self._all_pieces = [tokenizer.token_bytes(token) for token in range(len(tokenizer.pieces))]
 
     def pieces(self, body: AnyBody) -> Sequence[bytes]:
         """What each token shows to this client, or to the parser of its tool calls."""
         if body.skip_special_tokens is False:
-            return self._all_pieces
+            return self.tokenizer.all_pieces
         return self._tool_pieces if isinstance(body, ChatBody) and offered_tools(body) else self.tokenizer.pieces
 
     @cached_property
@@ -102,7 +101,7 @@ class Preparer:
             tokens = await self._tokens(body, prompt)
             if not tokens:
                 raise InvalidRequest("the prompt is empty", "prompt" if len(prompts) == 1 else f"prompt[{i}]")
-            self._check_ids(tokens, "prompt")
+            self.check_ids(tokens, "prompt")
             echo = await off_loop(len(tokens), self._echo, body, prompt, tokens) if body.echo else None
             reasoning = self._ends_in_reasoning(tokens)
             jobs += await self._jobs(body, tokens, "prompt", first=len(jobs), reasoning=reasoning, echo=echo)
@@ -111,7 +110,7 @@ class Preparer:
     async def _tokens(self, body: CompletionBody, prompt: str | list[int]) -> list[int]:
         if not isinstance(prompt, str):
             return prompt
-        self._check_length(prompt, "prompt")
+        self.check_length(prompt, "prompt")
         plain = body.add_special_tokens is False
         return await off_loop(len(prompt), self.tokenizer.encode_chat if plain else self.tokenizer.encode, prompt)
 
@@ -120,7 +119,7 @@ class Preparer:
         if not isinstance(prompt, str):
             text, offsets = text_and_offsets(tokens, self.pieces(body))
             return Echo(text, tuple(offsets))
-        text, offsets = text_and_offsets(tokens, self._all_pieces)
+        text, offsets = text_and_offsets(tokens, self.tokenizer.all_pieces)
         added = len(text) - len(prompt)
         return Echo(prompt, tuple(max(0, offset - added) for offset in offsets))
 
@@ -133,14 +132,14 @@ class Preparer:
         self._check_choices(1, body.n or 1)
         size = sum(len(message.text) + MESSAGE_CHARACTERS for message in body.messages)
         prompt = await off_loop(size, render, body, self.tokenizer)
-        self._check_length(prompt.text, "messages")
+        self.check_length(prompt.text, "messages")
         encode = self.tokenizer.encode if body.add_special_tokens else self.tokenizer.encode_chat
         tokens = await off_loop(len(prompt.text), encode, prompt.text)
         if not tokens:
             raise InvalidRequest("the chat template makes nothing of these messages", "messages")
         return await self._jobs(body, tokens, "messages", first=0, reasoning=prompt.reasoning, tools=prompt.tools)
 
-    def _check_length(self, text: str, param: str) -> None:
+    def check_length(self, text: str, param: str) -> None:
         """Tokenizing takes long for what is far too long, and the tokenizer lets no other thread run meanwhile."""
         if len(text) > self.context * self.tokenizer.longest_token:
             raise ContextLengthExceeded(
@@ -206,8 +205,8 @@ class Preparer:
         if min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens is {min_tokens}, more than the {max_tokens} of output", "min_tokens")
         bias = body.logit_bias or {}
-        self._check_ids(body.stop_token_ids or [], "stop_token_ids")
-        self._check_ids(list(bias), "logit_bias")
+        self.check_ids(body.stop_token_ids or [], "stop_token_ids")
+        self.check_ids(list(bias), "logit_bias")
         self._check_entries(body, prompt_tokens)
         defaults = self._defaults
         return Sampling(
@@ -266,7 +265,7 @@ class Preparer:
                 "logprobs" if body.prompt_logprobs is None else "prompt_logprobs",
             )
 
-    def _check_ids(self, tokens: list[int], param: str) -> None:
+    def check_ids(self, tokens: list[int], param: str) -> None:
         if (tokens and max(tokens) >= self.config.vocab) or any(token < 0 for token in tokens):
             raise InvalidRequest(f"token ids go from 0 to {self.config.vocab - 1}", param)
 

@@ -7,7 +7,8 @@ and change nothing: `user`, `store` (answers are never kept), `metadata` and `se
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -57,6 +58,16 @@ class ToolCall(msgspec.Struct, frozen=True):
     type: Literal["function"] = "function"
 
 
+class HasText(Protocol):
+    @property
+    def text(self) -> str: ...
+
+
+def joined(content: str | Sequence[HasText] | None) -> str:
+    """A message's content as one text."""
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
 class ChatMessage(msgspec.Struct, frozen=True):
     role: ChatRole
     content: str | list[TextPart] | None = None
@@ -65,9 +76,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content or ())
+        return joined(self.content)
 
 
 class Function(msgspec.Struct, frozen=True):
@@ -251,20 +260,28 @@ AnyBody = CompletionBody | ChatBody
 Body = TypeVar("Body", CompletionBody, ChatBody)
 
 _OLD_TOOLS = "OpenAI has replaced it by tools: leave it out"
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
+"""Fields that are known and not supported: the values that ask for nothing, and what to do instead."""
+
+REFUSED: Refusals = {
     "suffix": (("",), "the model does not fill in text before a suffix: leave it out"),
     "functions": (([],), _OLD_TOOLS),
     "function_call": (("none", "auto"), _OLD_TOOLS),
 }
-"""Fields that are known and not supported: the values that ask for nothing, and what to do instead."""
+
+
+def refused_fields(body: msgspec.Struct, refusals: Refusals) -> Iterator[tuple[str, str]]:
+    """(field, what to do instead) of each field that asks for what is not here."""
+    for name, (neutral, sentence) in refusals.items():
+        value = getattr(body, name, None)
+        if value is not None and value not in neutral:
+            yield name, sentence
 
 
 def check(body: AnyBody) -> None:
     """What no single field's type says. Raises InvalidRequest."""
-    for name, (neutral, sentence) in REFUSED.items():
-        value = getattr(body, name, None)
-        if value is not None and value not in neutral:
-            raise InvalidRequest(f"{name}: {sentence}", name)
+    for name, sentence in refused_fields(body, REFUSED):
+        raise InvalidRequest(f"{name}: {sentence}", name)
     limit, limit_name = body.output_limit
     if limit == 0 and not body.asks_of_prompt:
         other = "echo or prompt_logprobs" if isinstance(body, CompletionBody) else "prompt_logprobs"

@@ -328,9 +328,21 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
+class ErrorDetails(msgspec.Struct, frozen=True):
+    """`param` names the field that is wrong, `code` the kind of error."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class Error(msgspec.Struct, frozen=True):
+    error: ErrorDetails
+
+
 def error_body(error: MoeculeError) -> bytes:
-    details = {"message": error.message, "type": error.type, "param": error.param, "code": error.code}
-    return _encode({"error": details})
+    return _encode(Error(ErrorDetails(error.message, error.type, error.param, error.code)))
 
 
 def error_event(error: MoeculeError) -> bytes:

@@ -11,9 +11,8 @@ import msgspec
 from msgspec import Meta
 from starlette.types import Receive, Scope, Send
 
-from common.errors import InvalidRequest, MoeculeError, RequestCancelled
-from services.gateway.bodies import decode_body
-from services.gateway.generate import JSON_HEADERS, Endpoint, EventStream, Generator, read_all
+from common.errors import InvalidRequest
+from services.gateway.generate import Endpoint, EventStream, Generator, send_json
 from services.gateway.output import Delta, Output
 from services.gateway.prepare import Job
 from services.gateway.protocol import (
@@ -22,10 +21,13 @@ from services.gateway.protocol import (
     JsonObjectFormat,
     JsonSchema,
     JsonSchemaFormat,
+    Refusals,
     ResponseFormat,
     Role,
     TextFormat,
     check,
+    joined,
+    refused_fields,
 )
 from services.gateway.response_events import Response, Story, encoded
 from services.gateway.responses import Usage
@@ -48,9 +50,7 @@ class InputItem(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part.text for part in self.content or ())
+        return joined(self.content)
 
 
 class SchemaFormat(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="json_schema"):
@@ -96,7 +96,7 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
 
 _NO_STATE = "this server keeps no conversations: send all of it in input"
 _NO_TOOLS = "tools are called through /v1/chat/completions only"
-REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+REFUSED: Refusals = {
     "previous_response_id": ((), _NO_STATE),
     "conversation": ((), _NO_STATE),
     "prompt": ((), "this server keeps no prompt templates: send the text in instructions and input"),
@@ -107,7 +107,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "truncation": (("disabled",), "this server shortens no input: leave truncation out"),
     "top_logprobs": ((0,), "logprobs are given by /v1/chat/completions only"),
 }
-"""Fields that ask for what is not here: the values that ask for nothing, and what to do instead."""
 
 # Agents ask for it by habit. Reasoning is always given, in clear text.
 INCLUDABLE = ("reasoning.encrypted_content",)
@@ -115,10 +114,8 @@ INCLUDABLE = ("reasoning.encrypted_content",)
 
 def check_supported(body: ResponsesBody) -> None:
     """Raises InvalidRequest for what is known and not here."""
-    for name, (neutral, sentence) in REFUSED.items():
-        value = getattr(body, name)
-        if value is not None and value not in neutral:
-            raise InvalidRequest(sentence, name)
+    for name, sentence in refused_fields(body, REFUSED):
+        raise InvalidRequest(sentence, name)
     for i, name in enumerate(body.include or ()):
         if name not in INCLUDABLE:
             raise InvalidRequest(f"{name!r} cannot be included", f"include[{i}]")
@@ -197,10 +194,9 @@ class ResponsesEndpoint(Endpoint[ChatBody]):
     def __init__(self, generator: Generator) -> None:
         super().__init__(generator, ChatBody)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        generator, preparer = self._generator, self._generator.preparer
-        body, unknown = decode_body(await read_all(scope, receive, generator.body_limit), ResponsesBody)
-        generator.warn_unknown(unknown)
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        preparer = self._generator.preparer
+        body = await self._generator.read_body(scope, receive, ResponsesBody)
         check_supported(body)
         with named_as_here():
             chat = as_chat(body)
@@ -222,27 +218,18 @@ class ResponsesEndpoint(Endpoint[ChatBody]):
 
         await self._generator.run([job], [output], receive, take)
         story.finish(reason, Usage.of(len(job.prompt), [output]))
-        data = msgspec.json.encode(story.response)
-        headers = [*JSON_HEADERS, (b"content-length", str(len(data)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": data})
+        await send_json(send, msgspec.json.encode(story.response))
 
     async def _streamed(self, story: Story, job: Job, output: Output, receive: Receive, send: Send) -> None:
         events, reason = EventStream(send), "stop"
 
         async def take(_: int, delta: Delta) -> None:
             nonlocal reason
-            # Until the first event the answer can still be an HTTP error, which clients retry by themselves.
             told = [] if events.begun else story.start()
             reason = delta.finish or reason
             await events.send(encoded([*told, *story.add(delta)]))
 
-        try:
-            await self._generator.run([job], [output], receive, take)
-        except MoeculeError as error:
-            if not events.begun or isinstance(error, RequestCancelled):
-                raise
-            self._generator.metrics.failed(error.code)
+        if error := await self._generator.run_told([job], [output], receive, take, events):
             await events.end(encoded(story.fail(error)))
         else:
             await events.end(encoded(story.finish(reason, Usage.of(len(job.prompt), [output]))))

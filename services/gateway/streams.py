@@ -13,6 +13,8 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
+import msgspec
+
 from common.actor import SILENT_SECONDS
 from common.bus import Bus, Subscription
 from common.clock import Clock
@@ -320,17 +322,8 @@ def _after(chunk: TokenChunk, index: int) -> TokenChunk:
     skip = index - chunk.index
     if skip <= 0:
         return chunk
-    return TokenChunk(
-        request_id=chunk.request_id,
-        index=index,
-        tokens=chunk.tokens[skip:],
-        finish=chunk.finish,
-        stop_token=chunk.stop_token,
-        cached_tokens=chunk.cached_tokens,
-        logprobs=chunk.logprobs[skip:] if chunk.logprobs else None,
-        error=chunk.error,
-        prompt_logprobs=chunk.prompt_logprobs,
-    )
+    logprobs = chunk.logprobs[skip:] if chunk.logprobs else None
+    return msgspec.structs.replace(chunk, index=index, tokens=chunk.tokens[skip:], logprobs=logprobs)
 
 
 def _refusal(error: MoeculeError, worker_id: str) -> MoeculeError:

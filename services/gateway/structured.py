@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from common.errors import InvalidRequest
+from common.messages import MOST_GRAMMAR_BYTES
 from services.gateway.protocol import (
     AnyBody,
     JsonObjectFormat,
@@ -19,7 +20,6 @@ from services.gateway.protocol import (
     StructuredOutputs,
 )
 
-MAX_BYTES = 65_536
 ANY_OBJECT = '{"type":"object"}'
 
 
@@ -46,8 +46,8 @@ def constraint_of(body: AnyBody) -> Constraint | None:
         raise InvalidRequest(f"{first} and {second} both say what the output must be: send one of them", second)
     (constraint,) = asked
     size = len(constraint.text.encode())
-    if size > MAX_BYTES:
-        raise InvalidRequest(f"{constraint.field} is {size} bytes: the limit is {MAX_BYTES}", constraint.field)
+    if size > MOST_GRAMMAR_BYTES:
+        raise InvalidRequest(f"{constraint.field} is {size} bytes: the limit is {MOST_GRAMMAR_BYTES}", constraint.field)
     return constraint
 
 

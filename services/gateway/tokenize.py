@@ -61,7 +61,7 @@ class Counter:
         # A chat template writes the special tokens itself.
         special = body.prompt is not None if body.add_special_tokens is None else body.add_special_tokens
         text = await self._text(body)
-        self._preparer._check_length(text, "messages" if body.prompt is None else "prompt")
+        self._preparer.check_length(text, "messages" if body.prompt is None else "prompt")
         return await off_loop(len(text), self._tokens, text, special, bool(body.return_token_strs))
 
     def _tokens(self, text: str, special: bool, named: bool) -> Tokens:
@@ -88,9 +88,7 @@ class Counter:
         """All of the text, special tokens by their names. Raises InvalidRequest, or ModelNotFound."""
         if body.model is not None:
             self._preparer.check_model(body.model)
-        vocab = self._preparer.config.vocab
-        if body.tokens and max(body.tokens) >= vocab:
-            raise InvalidRequest(f"token ids go from 0 to {vocab - 1}", "tokens")
+        self._preparer.check_ids(body.tokens, "tokens")
         return Text(await off_loop(len(body.tokens), self._decoded, body.tokens))
 
     def _decoded(self, tokens: list[int]) -> str:

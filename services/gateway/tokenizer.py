@@ -18,7 +18,8 @@ from services.gateway.detokenizer import byte_alphabet, piece
 
 
 class Tokenizer:
-    """Text and chat messages to token ids. `pieces`: the bytes each token id shows, empty for special tokens."""
+    """Text and chat messages to token ids. `all_pieces`: the bytes of each token id, special tokens by their name;
+    `pieces`: what each shows, nothing for special ones."""
 
     def __init__(self, folder: str | Path) -> None:
         """Raises ConfigError that names the file and what is wrong with it."""
@@ -35,9 +36,9 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._bytes = self._token_bytes()
-        self.longest_token = max(map(len, self._bytes))  # bytes
-        self.pieces = [b"" if i in self._special else shown for i, shown in enumerate(self._bytes)]
+        self.all_pieces = self._token_bytes()
+        self.longest_token = max(map(len, self.all_pieces))  # bytes
+        self.pieces = [b"" if i in self._special else shown for i, shown in enumerate(self.all_pieces)]
         self.reasons = self._tokenizer.token_to_id("</think>") is not None
         config = _read_json(folder / "tokenizer_config.json")
         self._template = ChatTemplate(_template_source(folder, config), config)
@@ -63,7 +64,7 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for, special tokens by their name."""
-        return self._bytes[token] if token < len(self._bytes) else b""
+        return self.all_pieces[token] if token < len(self.all_pieces) else b""
 
     def name(self, token: int) -> str:
         """A token's entry in the vocabulary, as tokenizer.json writes it; empty beyond the vocabulary's end."""

@@ -89,7 +89,7 @@ class Worker(Actor):
         self.engine = await asyncio.to_thread(self._make_engine)
         self.bounds = Bounds(
             vocab=self.config.vocab,
-            context=min(settings.max_context or self.config.max_positions, self.config.max_positions),
+            context=self.config.context_within(settings.max_context),
             cache=self.engine.planner.allocator.total * PAGE,
             message=self.bus.max_payload,
         )

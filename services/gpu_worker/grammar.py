@@ -21,14 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import InvalidRequest
-from common.messages import Grammar
+from common.messages import MOST_GRAMMAR_BYTES, Grammar
 from common.model_config import ModelConfig
 from services.gpu_worker.planner import Sequence
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-MOST_BYTES = 65_536  # of a grammar's text
 MOST_KEPT = 64  # compiled grammars
 MOST_WORDS = 500  # characters of the library's explanation that a client is told
 COMPILE_SECONDS = 1.5  # less than a gateway waits for an admission
@@ -100,8 +99,8 @@ class Grammars:
     def _compiling(self, grammar: Grammar) -> asyncio.Future[Compiled]:
         if self._tokenizer is None:
             raise _refusal(f"this model's output cannot follow a grammar: {self._missing}")
-        if (size := len(grammar.text.encode())) > MOST_BYTES:
-            raise _refusal(f"the grammar has {size} bytes: the limit is {MOST_BYTES}")
+        if (size := len(grammar.text.encode())) > MOST_GRAMMAR_BYTES:
+            raise _refusal(f"the grammar has {size} bytes: the limit is {MOST_GRAMMAR_BYTES}")
         key = grammar.kind, grammar.text
         compiling = self._known.get(key)
         if compiling is None or _is_broken(compiling):

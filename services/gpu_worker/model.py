@@ -45,10 +45,6 @@ class Model:
         shape = pages, PAGE, self.config.latent
         return [torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(self.config.layers)]
 
-    def forward(self, batch: Batch, cache: list[Tensor]) -> Tensor:
-        """float32 logits [S, vocab] of `batch.logit_rows`. Raises PeerLost; then the step can be run again."""
-        return self.logits(self.hidden(batch, cache), batch.logit_rows)
-
     @torch.inference_mode()
     def hidden(self, batch: Batch, cache: list[Tensor]) -> Tensor:
         """[T, hidden], the residual stream after the last layer. Raises PeerLost; then the step can be run again."""
