@@ -20,6 +20,7 @@ from common.pages import PAGE
 from services.expert_shard.experts import ExpertStore
 from services.gpu_worker.batch import Batch, Chunk
 from services.gpu_worker.model import Model
+from services.gpu_worker.weights import load_weights
 from tests.tiny_models import MODELS, make_model, write_checkpoint
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
@@ -34,7 +35,7 @@ def open_model(folder: Path) -> Model:
     config, checkpoint = ModelConfig.load(folder), Checkpoint(folder)
     store = ExpertStore(config, checkpoint)
     store.load(range(config.partitions))
-    return Model(config, checkpoint, LocalLink(store.compute))
+    return Model(config, load_weights(config, checkpoint), LocalLink(store.compute))
 
 
 def reference(model: torch.nn.Module, tokens: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def test_experts_may_be_split_over_shards(tmp_path: Path) -> None:
             out += part
 
     tokens = torch.randint(0, config.vocab, (90,))
-    split = Model(config, checkpoint, LocalLink(compute))
+    split = Model(config, load_weights(config, checkpoint), LocalLink(compute))
     assert error_ratio(whole(split, tokens), whole(open_model(folder), tokens)) < LIMIT
 
 

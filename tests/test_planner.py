@@ -28,14 +28,16 @@ def step(p: Planner, token: int = 7) -> list[tuple[str, int, int]]:
     """One step with a model that always says `token`; what was computed as (name, start, rows)."""
     plan = p.plan()
     p.check()
-    p.commit(plan)
+    p.advance(plan)
+    p.publish(plan)
     for chunk in plan.chunks:
         if chunk.sequence.scores is not None:
             assert not chunk.scored or chunk.scored.start == len(chunk.sequence.scores)
             chunk.sequence.scores += [TokenLogprobs(-float(row), (), ()) for row in chunk.scored]
-        if chunk.sampled:
-            assert chunk.sequence.scores is None or len(chunk.sequence.scores) == chunk.sequence.prompt_len - 1
-            chunk.sequence.tokens.append(token)
+    for sequence in plan.sampled:
+        assert sequence.scores is None or len(sequence.scores) == sequence.prompt_len - 1
+        assert sequence.unknown
+        sequence.tokens[-1] = token
     p.check()
     return [(c.sequence.request.request_id, c.start, c.rows) for c in plan.chunks]
 

@@ -48,8 +48,10 @@ from services.gpu_worker.metrics import WorkerMetrics
 from services.gpu_worker.model import Model
 from services.gpu_worker.pages import PageAllocator
 from services.gpu_worker.planner import Planner
+from services.gpu_worker.runner import CpuRunner
 from services.gpu_worker.sampler import Sampler
 from services.gpu_worker.streams import Streams
+from services.gpu_worker.weights import load_weights
 
 GATEWAY_SILENT_SECONDS = 2.0
 ADMISSIONS = 16  # at a time: one whose grammar is being compiled does not hold up the others
@@ -154,18 +156,19 @@ class Worker(Actor):
     def _make_engine(self) -> Engine:
         import torch
 
-        torch.set_num_threads(self.settings.threads)
-        model = Model(self.config, Checkpoint(self.settings.model), self.links, threads=self.settings.threads)
-        total = self.settings.kv_pages or default_pages(self.config)
+        settings = self.settings
+        torch.set_num_threads(settings.threads)
+        model = Model(self.config, load_weights(self.config, Checkpoint(settings.model)), self.links)
         planner = Planner(
-            PageAllocator(total),
+            PageAllocator(settings.kv_pages or default_pages(self.config)),
             self.config.fingerprint,
-            max_batch=self.settings.max_batch,
-            chunk_tokens=self.settings.chunk_tokens,
-            prefix_cache=self.settings.prefix_cache,
+            max_batch=settings.max_batch,
+            chunk_tokens=settings.chunk_tokens,
+            prefix_cache=settings.prefix_cache,
         )
-        sampler = Sampler(self.config, max_batch=self.settings.max_batch, threads=self.settings.threads)
-        return Engine(self.config, model, planner, sampler, self._from_engine, self.log)
+        sampler = Sampler(self.config, max_batch=settings.max_batch, threads=settings.threads)
+        runner = CpuRunner(model, model.new_cache(planner.allocator.total), sampler, self.log)
+        return Engine(self.config, runner, planner, sampler, self._from_engine, self.log)
 
     # ---- requests
 

@@ -1,4 +1,5 @@
-"""The step loop: take what arrived -> plan -> forward -> sample -> commit -> emit. One thread owns all of it.
+"""The step loop: take what arrived -> plan -> launch -> take in what the step before found -> emit. One thread owns
+all of it.
 
 Other threads only leave notes (`submit`, `abort`, `fail_all`) and receive what each step produced through `emit`.
 """
@@ -11,20 +12,17 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from structlog.typing import FilteringBoundLogger
 
 from common.errors import ExpertsUnavailable, InternalError, InvalidRequest, MoeculeError
-from common.link import PeerLost
 from common.messages import FinishReason, Generate, TokenChunk, TokenLogprobs
 from common.model_config import ModelConfig
-from services.gpu_worker.model import Model
 from services.gpu_worker.planner import Plan, Planner, Sequence
-from services.gpu_worker.sampler import Sampled, Sampler
-from services.gpu_worker.scoring import Scored, score_prompts
-from services.gpu_worker.step import build_batch
+from services.gpu_worker.runner import Computed, Runner
+from services.gpu_worker.sampler import Sampler
 
 if TYPE_CHECKING:
     from services.gpu_worker.grammar import Constraint
@@ -53,28 +51,29 @@ class StepOutput:
 
 
 @dataclass(frozen=True)
-class Computed:
-    """What a step found out, before anything is changed by it."""
+class Step:
+    """One under way."""
 
-    sampled: Sampled
-    scored: list[Scored]
+    plan: Plan
+    launched: Any  # the runner's
 
 
 class Engine:
     def __init__(
         self,
         config: ModelConfig,
-        model: Model,
+        runner: Runner,
         planner: Planner,
         sampler: Sampler,
         emit: Callable[[StepOutput], None],
         log: FilteringBoundLogger,
     ) -> None:
         self.config = config
-        self.model = model
         self.planner = planner
-        self.cache = model.new_cache(planner.allocator.total)
+        self._runner = runner
         self._sampler = sampler
+        self._under_way: Step | None = None
+        self._told = time.perf_counter()  # when the last step ended
         self._emit = emit
         self._log = log
         self._live: dict[str, Sequence] = {}
@@ -140,59 +139,71 @@ class Engine:
 
     def _take_notes(self) -> None:
         with self._wake:
-            while not (self._notes or self.planner.running or self.planner.waiting or self._ended):
+            while not (self._notes or self._under_way or self.planner.running or self.planner.waiting or self._ended):
                 self._wake.wait()
+                self._told = time.perf_counter()
             notes, self._notes = self._notes, deque()
         for action in notes:
             action()
 
     def step(self) -> None:
-        started = time.perf_counter()
-        plan = self.planner.plan()
-        computed = self._compute(plan) if plan else None
+        """Launch the next step, then take in the one before it; or, where steps do not overlap, this one itself."""
+        before, self._under_way = self._under_way, None
         chunks: dict[str, list[TokenChunk]] = {}
-        if computed is not None:
-            self.planner.commit(plan)
-            chunks = self._advance(plan, computed)
-        self._tell(chunks, self._stats(plan, time.perf_counter() - started))
+        if before is not None and self._must_be_known():
+            chunks, before = self._finish(before), None
+        if plan := self.planner.plan():
+            self._under_way = self._launch(plan)
+        if not self._runner.overlaps:
+            before, self._under_way = self._under_way, None
+        if before is not None:
+            chunks = self._finish(before)
+        now = time.perf_counter()
+        self._tell(chunks, self._stats(plan, now - self._told))
+        self._told = now
 
-    def _compute(self, plan: Plan) -> Computed | None:
-        """Forward and sample. A peer that dies fails the step, which then runs again from its start with a live
-        copy (experts are pure and KV rows are overwritten in place), or ends its requests if there is none."""
-        batch, mask = build_batch(plan), self._sampler.begin(plan)
-        while True:
-            try:
-                self.model.link.begin_step()
-                hidden = self.model.hidden(batch, self.cache)
-                sampled = self._sampler.sample(plan, self.model.logits(hidden, batch.logit_rows), mask)
-                return Computed(sampled, score_prompts(self.model, plan, hidden))
-            except PeerLost as lost:
-                self._log.warning("a shard was lost in mid step", shard=lost.shard_id)
-            except ExpertsUnavailable as error:
-                # Whoever waits would meet the same hole: answer all, nothing hangs.
-                self._end(tuple(self._live), error)
-                return None
+    def _must_be_known(self) -> bool:
+        """Whether the next step depends on the host's having seen this one's tokens: what a grammar lets follow."""
+        return any(s.constraint is not None and s.unknown for s in self.planner.running)
 
-    def _advance(self, plan: Plan, computed: Computed) -> dict[str, list[TokenChunk]]:
+    def _launch(self, plan: Plan) -> Step | None:
+        try:
+            launched = self._runner.launch(plan)
+        except ExpertsUnavailable as error:
+            # Whoever waits would meet the same hole: answer all, nothing hangs.
+            self._end(tuple(self._live), error)
+            return None
+        self.planner.advance(plan)
+        return Step(plan, launched)
+
+    def _finish(self, step: Step) -> dict[str, list[TokenChunk]]:
+        computed = self._runner.finish(step.launched)
+        self.planner.publish(step.plan)
+        return self._take_in(step.plan, computed)
+
+    def _take_in(self, plan: Plan, computed: Computed) -> dict[str, list[TokenChunk]]:
         chunks: dict[str, list[TokenChunk]] = {}
         for scored in computed.scored:
             assert scored.sequence.scores is not None
             scored.sequence.scores += scored.scores
         sampled = computed.sampled
-        for row, (sequence, token) in enumerate(zip(plan.sampled, sampled.tokens, strict=True)):
+        for row, (chunk, token) in enumerate(zip(plan.samples, sampled.tokens, strict=True)):
+            sequence = chunk.sequence
+            if self._live.get(sequence.request.request_id) is not sequence:
+                continue  # it ended while this step was under way
             try:
-                chunk = self._take(sequence, token, sampled.logprobs.get(row))
+                told = self._take(sequence, chunk.end, token, sampled.logprobs.get(row))
             except InvalidRequest as error:
                 self._end((sequence.request.request_id,), error)
                 continue
-            chunks.setdefault(sequence.request.gateway_id, []).append(chunk)
-            if chunk.finish:
+            chunks.setdefault(sequence.request.gateway_id, []).append(told)
+            if told.finish:
                 self._forget(sequence)
         return chunks
 
-    def _take(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenChunk:
-        """Go on by `token`; what is told of it. Raises InvalidRequest if the grammar cannot be followed."""
-        index = sequence.outputs
+    def _take(self, sequence: Sequence, at: int, token: int, logprobs: TokenLogprobs | None) -> TokenChunk:
+        """The token at `at` is known; what is told of it. Raises InvalidRequest if the grammar cannot be followed."""
+        index = at - sequence.prompt_len
         if sequence.request.sampling.max_tokens == 0:
             return TokenChunk(
                 request_id=sequence.request.request_id,
@@ -204,12 +215,12 @@ class Engine:
             )
         if sequence.constraint is not None:
             sequence.constraint.take(token)
-        sequence.tokens.append(token)
+        sequence.tokens[at] = token
         return TokenChunk(
             request_id=sequence.request.request_id,
             index=index,
             tokens=(token,),
-            finish=_finish(sequence, token, self.config.eos_ids),
+            finish=_finish(sequence, index + 1, token, self.config.eos_ids),
             stop_token=token if _stops(sequence, token, self.config.eos_ids) else None,
             cached_tokens=sequence.cached,
             logprobs=(logprobs,) if logprobs is not None else None,
@@ -225,7 +236,7 @@ class Engine:
             if sequence := self._live.get(request_id):
                 chunk = TokenChunk(
                     request_id=request_id,
-                    index=sequence.outputs,
+                    index=sequence.outputs - sequence.unknown,
                     tokens=(),
                     finish="error" if error else "abort",
                     error=(error.code, error.message) if error else None,
@@ -265,12 +276,12 @@ def _stops(sequence: Sequence, token: int, eos_ids: tuple[int, ...]) -> bool:
     return token in sampling.stop_token_ids or (token in eos_ids and not sampling.ignore_eos)
 
 
-def _finish(sequence: Sequence, token: int, eos_ids: tuple[int, ...]) -> FinishReason | None:
+def _finish(sequence: Sequence, outputs: int, token: int, eos_ids: tuple[int, ...]) -> FinishReason | None:
     if _stops(sequence, token, eos_ids):
         return "stop"
     if sequence.constraint is not None and sequence.constraint.complete:
         return "stop"
-    return "length" if sequence.outputs >= sequence.request.sampling.max_tokens else None
+    return "length" if outputs >= sequence.request.sampling.max_tokens else None
 
 
 def _prompt_logprobs(sequence: Sequence) -> tuple[TokenLogprobs | None, ...] | None:

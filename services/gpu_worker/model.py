@@ -1,34 +1,69 @@
-"""DeepSeek V2 and V3: latent attention, a dense or sparse FFN, one step for a batch of decodes and prefill chunks."""
+"""DeepSeek V2 and V3: latent attention, a dense or sparse FFN, one step for a batch of decodes and prefill chunks.
+
+One code for both devices: on the CPU float32 and the naive kernels, on a GPU bf16 or fp8 and Triton's. There nothing
+is read back and nothing allocated in a pass, so that one of decodes alone can be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoint import Checkpoint
 from common.link import ExpertLink
 from common.model_config import ModelConfig
 from common.pages import PAGE
-from kernels.combine_norm import combine_norm
+from kernels.combine_norm import SlotRows, combine_norm
+from kernels.embed import embed
+from kernels.experts import ExpertWork, grouped_ffn
+from kernels.latent_cache import Fp8Latent
+from kernels.linear import LinearScratch, linear
 from kernels.mla_decode import DecodeMask, mla_decode, plan_decode
-from kernels.mla_prefill import PrefillPlan, mla_prefill
+from kernels.mla_prefill import PrefillPlan, PrefillScratch, mla_prefill
 from kernels.qkv_norm_rope_write import qkv_norm_rope_write
-from kernels.route import Routing, route
+from kernels.quant import Fp8Blocks, Fp8Rows, quantise_rows
+from kernels.route import RouteScratch, Routing, route
 from services.gpu_worker.batch import Batch
-from services.gpu_worker.weights import Layer, Mlp, load_weights, rope_turns
+from services.gpu_worker.weights import Layer, Mlp, Weights, rope_turns
+from services.gpu_worker.work import GpuWork, MlpWork, Work
+
+Parts = tuple[Tensor | SlotRows, ...]  # what the next norm adds to the residual stream first
+Cache = Sequence[Tensor | Fp8Latent]  # a layer's pages each
+
+
+class Stack(Protocol):
+    """A layer's routed experts, and the shared ones after them, where they are in this process."""
+
+    @property
+    def gate_up(self) -> Tensor | Fp8Blocks: ...  # [held, hidden, 2 * inter]
+    @property
+    def down(self) -> Tensor | Fp8Blocks: ...  # [held, inter, hidden]
+    @property
+    def slots(self) -> Tensor: ...  # [experts + shared + 1]
 
 
 class Model:
-    """Holds every weight but the routed experts', which it reaches through `link`."""
+    """Holds every weight but the routed experts', which it reaches through `link`, or finds in `stacks`, by layer."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, link: ExpertLink, *, threads: int = 1) -> None:
-        torch.set_num_threads(threads)
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        link: ExpertLink | None = None,
+        stacks: Mapping[int, Stack] | None = None,
+    ) -> None:
         self.config = config
         self.link = link
-        self.weights = load_weights(config, checkpoint)
-        self._turns = rope_turns(config, config.max_positions)  # [max_positions, rope / 2]
+        self.stacks = stacks
+        self.weights = weights
+        self.dtype = weights.embedding.dtype
+        self.on_gpu = weights.embedding.is_cuda
+        self.fp8 = isinstance(weights.layers[0].o, Fp8Blocks)
+        self._turns = rope_turns(config, config.max_positions).to(weights.embedding.device)  # [positions, rope / 2]
         self._routing = Routing(
             topk=config.topk,
             scoring=config.scoring,
@@ -37,82 +72,221 @@ class Model:
             topk_groups=config.topk_groups,
             norm=config.norm_topk,
             scale=config.routed_scale,
+            shared=config.shared_experts if stacks else 0,
         )
 
-    def new_cache(self, pages: int) -> list[Tensor]:
+    def new_cache(self, pages: int, fp8: bool = False) -> Cache:
         """One [pages, PAGE, kv_lora + rope] a layer; a row is the normed latent, then the rotated key."""
+        c = self.config
+        if fp8:
+            from kernels.latent_cache import page_bytes
+
+            size = pages, page_bytes(c.kv_lora, c.rope)
+            planes = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(c.layers)]
+            return [Fp8Latent.of(plane, c.kv_lora, c.rope) for plane in planes]
+        shape = pages, PAGE, c.latent
+        if self.on_gpu:
+            return [torch.zeros(shape, dtype=self.dtype, device="cuda") for _ in range(c.layers)]
         # numpy's zeros are pages the kernel hands out when they are first written; torch's are written at once.
-        shape = pages, PAGE, self.config.latent
-        return [torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(self.config.layers)]
+        return [torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(c.layers)]
+
+    def new_work(self, rows: int, *, decodes: int = 0, context: int = 0, fp8_cache: bool = False) -> Work:
+        """For passes of exactly `rows` rows, of which `decodes` decode; their prefill has up to `context` tokens in the
+        cache, all chunks together."""
+        chosen = self._routing.topk + self._routing.shared
+        device = "cuda" if self.on_gpu else "cpu"
+        gpu = self._gpu_work(rows, decodes, context, fp8_cache) if self.on_gpu else None
+        return Work.empty(rows, self.config, self.dtype, chosen, device, gpu)
 
     @torch.inference_mode()
-    def hidden(self, batch: Batch, cache: list[Tensor]) -> Tensor:
-        """[T, hidden], the residual stream after the last layer. Raises PeerLost; then the step can be run again."""
-        h = F.embedding(batch.tokens, self.weights.embedding)  # [T, hidden], the residual stream
-        x = torch.empty_like(h)
-        turns = self._turns[batch.positions].unsqueeze(1)  # [T, 1, rope / 2]
-        decode, prefill = plan_decode(batch.context, batch.block_table.shape[1]), _prefill_plan(batch)
-        for layer, layer_cache in zip(self.weights.layers, cache, strict=True):
-            combine_norm(h, (), layer.attn_norm, self.config.eps, x)
-            self._attention(layer, x, turns, decode, prefill, batch, layer_cache, h)
-            combine_norm(h, (), layer.mlp_norm, self.config.eps, x)
-            self._ffn(layer, x, h)
-        return h
+    def hidden(self, batch: Batch, cache: Cache, work: Work | None = None) -> Tensor:
+        """[T, hidden] after the last layer and norm: work.x. Raises PeerLost; then the step can be run again."""
+        work = work or self.new_work(len(batch.tokens))
+        weights, eps, feed = self.weights, self.config.eps, batch.feed
+        if feed is None:
+            torch.index_select(weights.embedding, 0, batch.tokens, out=work.h)
+        else:
+            embed(batch.tokens, feed.source, feed.sampled, weights.embedding, work.h)
+        decode, prefill = _decode_schedule(batch, work), _prefill_plan(batch)
+        turns: tuple[Tensor, Tensor | None] = self._turns, batch.positions
+        if not self.on_gpu:  # whose kernel looks them up itself
+            turns = self._turns[batch.positions].unsqueeze(1), None
+        parts: Parts = ()
+        for layer, layer_cache in zip(weights.layers, cache, strict=True):
+            x = self._normed(parts, layer.attn_norm, work, coded=self.fp8)
+            self._attention(layer, x, turns, decode, prefill, batch, layer_cache, work)
+            parts = self._ffn(layer, work)
+        combine_norm(work.h, parts, weights.norm, eps, work.x)
+        return work.x
 
     @torch.inference_mode()
-    def logits(self, h: Tensor, rows: Tensor) -> Tensor:
-        """float32 [rows, vocab] of these rows of `hidden`."""
-        last = h[rows]
-        combine_norm(last, (), self.weights.norm, self.config.eps, last)
-        return torch.mm(last, self.weights.head)
+    def logits(self, x: Tensor, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """[rows, vocab] of these rows of `hidden`, or all of them, in the weights' dtype."""
+        x = x if rows is None else x[rows]
+        head = self.weights.head
+        if out is None:
+            out = x.new_empty(len(x), head.shape[1])
+        linear(x, head, out)
+        return out
+
+    def _normed(self, parts: Parts, weight: Tensor, work: Work, coded: bool) -> Tensor | Fp8Rows:
+        """The residual stream with `parts` in it, normed."""
+        out: Tensor | Fp8Rows = work.x
+        if coded:
+            assert work.gpu is not None and work.gpu.coded is not None
+            out = work.gpu.coded
+        combine_norm(work.h, parts, weight, self.config.eps, out)
+        return out
 
     def _attention(
         self,
         layer: Layer,
-        x: Tensor,
-        turns: Tensor,
-        decode: DecodeMask,
+        x: Tensor | Fp8Rows,
+        turns: tuple[Tensor, Tensor | None],
+        decode: object,
         prefill: PrefillPlan | None,
         batch: Batch,
-        cache: Tensor,
-        h: Tensor,
+        cache: Tensor | Fp8Latent,
+        work: Work,
     ) -> None:
         """h += attention(x)"""
-        c, n = self.config, batch.n_decode
-        q = x.new_empty(len(x), c.heads, c.nope + c.rope)
-        out = x.new_empty(len(x), c.heads, c.v_dim)
-        qkv_norm_rope_write(x, layer.qkv, turns, batch.write, cache, q)
+        n, scale, q, out, gpu = batch.n_decode, self.config.softmax_scale, work.q, work.out, work.gpu
+        scratch = gpu.qkv if gpu else None
+        qkv_norm_rope_write(x, layer.qkv, turns[0], batch.write, cache, q, turns[1], scratch)
         up = layer.w_uk, layer.w_uv
         if n:
-            mla_decode(q[:n], *up, cache, batch.block_table, batch.context, decode, c.softmax_scale, out[:n])
+            mla_decode(q[:n], *up, cache, batch.block_table, batch.context, decode, scale, out[:n])  # type: ignore[arg-type]
         if prefill is not None:
-            mla_prefill(q[n:], *up, cache, prefill, c.softmax_scale, out[n:])
-        h.addmm_(out.view(len(x), -1), layer.o)
+            mla_prefill(q[n:], *up, cache, prefill, scale, out[n:], gpu.prefill if gpu else None)
+        attended: Tensor | Fp8Rows = out.view(len(out), -1)
+        if gpu is not None and gpu.attended is not None:
+            quantise_rows(out.view(len(out), -1), gpu.attended)
+            attended = gpu.attended
+        linear(attended, layer.o, work.h, add=work.h, scratch=gpu.linear if gpu else None)
         if layer.o_bias is not None:
-            h += layer.o_bias
+            work.h.add_(layer.o_bias)
 
-    def _ffn(self, layer: Layer, x: Tensor, h: Tensor) -> None:
-        """h += ffn(x), the routed experts' part through the link while the shared expert is computed here."""
+    def _ffn(self, layer: Layer, work: Work) -> Parts:
+        """h += ffn(x), or what the next norm is to add; the routed experts' part through the link while the shared
+        expert is computed here."""
+        gpu = work.gpu
         if layer.w_gate is None:
-            _add_mlp(layer.mlp, x, h)
-            return
-        ids = torch.empty(len(x), self.config.topk, dtype=torch.int64)
-        weights = x.new_empty(len(x), self.config.topk)
-        route(x, layer.w_gate, layer.gate_bias, self._routing, ids, weights)
-        self.link.dispatch(layer.index, x, ids, weights)
-        _add_mlp(layer.mlp, x, h)
-        self.link.combine(h)
+            x = self._normed((), layer.mlp_norm, work, coded=self.fp8)
+            return _mlp(layer.mlp, x, gpu.dense if gpu else None, work)
+        self._normed((), layer.mlp_norm, work, coded=False)
+        stack = self.stacks[layer.index] if self.stacks else None
+        if stack is not None:
+            assert gpu is not None and gpu.experts is not None
+            self._route(layer, work, gpu.experts.plan, stack.slots, len(stack.down.data))
+            rows = grouped_ffn(self._coded(work), work.weights, stack.gate_up, stack.down, gpu.experts)
+            return (rows,)
+        assert self.link is not None
+        self._route(layer, work)
+        self.link.dispatch(layer.index, work.x, work.ids, work.weights)
+        parts = _mlp(layer.mlp, self._coded(work), gpu.shared if gpu else None, work)
+        self.link.combine(work.h)
+        return parts
+
+    def _route(self, layer: Layer, work: Work, plan: object = None, slots: Tensor | None = None, held: int = 0) -> None:
+        assert layer.w_gate is not None
+        route(
+            work.x, layer.w_gate, layer.gate_bias, self._routing, work.ids, work.weights,
+            plan, slots, held, work.gpu.route if work.gpu else None,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def _coded(self, work: Work) -> Tensor | Fp8Rows:
+        """work.x as experts take it."""
+        if work.gpu is None or work.gpu.coded is None:
+            return work.x
+        quantise_rows(work.x, work.gpu.coded)
+        return work.gpu.coded
+
+    def _gpu_work(self, rows: int, decodes: int, context: int, fp8_cache: bool) -> GpuWork:
+        from kernels.mla_decode.triton import decode_plan
+        from kernels.qkv_norm_rope_write.triton import QkvScratch
+        from kernels.target import current
+
+        c, dtype, coded = self.config, self.dtype, current().fp8
+        scratch = self._linear_scratch()
+
+        def rows8(width: int) -> Fp8Rows:
+            return Fp8Rows.empty(rows, width, "cuda", coded)
+
+        def mlp(inter: int, layer: Layer | None) -> MlpWork | None:
+            if layer is None or layer.mlp is None:
+                return None
+            return MlpWork.empty(rows, c.hidden, inter, isinstance(layer.mlp.down, Fp8Blocks), dtype)
+
+        dense = next((layer for layer in self.weights.layers if layer.w_gate is None), None)
+        sparse = next((layer for layer in self.weights.layers if layer.w_gate is not None), None)
+        experts = None
+        if self.stacks:
+            stack = next(iter(self.stacks.values()))
+            experts = ExpertWork.empty(
+                rows, c.topk + c.shared_experts, len(stack.down.data), c.hidden, c.moe_inter,
+                isinstance(stack.down, Fp8Blocks), "cuda", dtype,
+            )  # fmt: skip
+        q_low: Tensor | Fp8Rows | None = None
+        if c.q_lora:
+            q_low = rows8(c.q_lora) if self.fp8 else torch.empty(rows, c.q_lora, dtype=dtype, device="cuda")
+        width = self.weights.layers[0].qkv.a.data.shape[1]
+        any_fp8 = self.fp8 or (experts is not None and isinstance(experts.act, Fp8Rows))
+        return GpuWork(
+            linear=scratch,
+            qkv=QkvScratch(torch.empty(rows, width, dtype=dtype, device="cuda"), q_low, scratch),
+            route=RouteScratch.empty(rows, c.experts + c.shared_experts, "cuda") if sparse else None,
+            decode=decode_plan(decodes, 1, c.heads, c.kv_lora, c.rope, dtype, "cuda", fp8=fp8_cache)
+            if decodes
+            else None,
+            prefill=PrefillScratch.empty(context, c.heads, c.nope + c.v_dim, c.kv_lora, c.rope, dtype, "cuda")
+            if context
+            else None,
+            dense=mlp(c.inter, dense),
+            shared=None if self.stacks else mlp(c.shared_experts * c.moe_inter, sparse),
+            experts=experts,
+            coded=rows8(c.hidden) if any_fp8 else None,
+            attended=rows8(c.heads * c.v_dim) if self.fp8 else None,
+        )
+
+    def _linear_scratch(self) -> LinearScratch:
+        """One serves all passes: they are on one stream."""
+        if not hasattr(self, "_scratch"):
+            self._scratch = LinearScratch.empty("cuda")
+        return self._scratch
 
 
-def _add_mlp(mlp: Mlp | None, x: Tensor, h: Tensor) -> None:
+def _mlp(mlp: Mlp | None, x: Tensor | Fp8Rows, given: MlpWork | None, work: Work) -> Parts:
     """h += (silu(x gate) * (x up)) down"""
-    if mlp is not None:
-        gate, up = torch.mm(x, mlp.gate_up).split(len(mlp.down), 1)
-        h.addmm_(F.silu(gate).mul_(up), mlp.down)
+    if mlp is None:
+        return ()
+    if given is not None:
+        return (grouped_ffn(x, given.weights, _only(mlp.gate_up), _only(mlp.down), given.experts),)
+    assert isinstance(x, Tensor) and isinstance(mlp.gate_up, Tensor) and isinstance(mlp.down, Tensor)
+    gate, up = torch.mm(x, mlp.gate_up).split(len(mlp.down), 1)
+    work.h.addmm_(F.silu(gate).mul_(up), mlp.down)
+    return ()
+
+
+def _only(w: Tensor | Fp8Blocks) -> Tensor | Fp8Blocks:
+    """A stack of one."""
+    return Fp8Blocks(w.data[None], w.scale[None]) if isinstance(w, Fp8Blocks) else w[None]
+
+
+def _decode_schedule(batch: Batch, work: Work) -> object:
+    """Which program reads which pages, of all layers."""
+    if work.gpu is None:
+        mask: DecodeMask = plan_decode(batch.context, batch.block_table.shape[1])
+        return mask
+    if work.gpu.decode is not None:
+        from kernels.mla_decode.triton import plan_decode as plan_on_gpu
+
+        plan_on_gpu(batch.context, work.gpu.decode)
+    return work.gpu.decode
 
 
 def _prefill_plan(batch: Batch) -> PrefillPlan | None:
     chunks = batch.prefill
     if not chunks:
         return None
-    return PrefillPlan.of([c.rows for c in chunks], [c.context for c in chunks], [c.pages for c in chunks])
+    device = batch.tokens.device
+    return PrefillPlan.of([c.rows for c in chunks], [c.context for c in chunks], [c.pages for c in chunks], device)

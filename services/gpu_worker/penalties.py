@@ -32,9 +32,9 @@ class Counts:
     is counted anew from them; so any row may be taken from a sequence that is not in the step at hand.
     """
 
-    def __init__(self, vocab: int, slots: int) -> None:
+    def __init__(self, vocab: int, slots: int, device: str = "cpu") -> None:
         """`slots`: at least as many as rows are ever sampled in one step."""
-        self._vocab = vocab
+        self._vocab, self._device = vocab, device
         self._free = list(range(slots - 1, -1, -1))
         self._slots: dict[Sequence, Slot] = {}
         self._counts: Tensor | None = None
@@ -47,13 +47,13 @@ class Counts:
         slots = torch.full((len(sequences),), -1)
         for row in rows:
             slots[row] = self._slot(sequences[row], sequences)
-        wanted = [s.request.sampling for s in sequences]
+        wanted, device = [s.request.sampling for s in sequences], self._device
         return Penalties(
-            presence=torch.tensor([s.presence_penalty for s in wanted]),
-            frequency=torch.tensor([s.frequency_penalty for s in wanted]),
-            repetition=torch.tensor([s.repetition_penalty for s in wanted]),
+            presence=torch.tensor([s.presence_penalty for s in wanted], device=device),
+            frequency=torch.tensor([s.frequency_penalty for s in wanted], device=device),
+            repetition=torch.tensor([s.repetition_penalty for s in wanted], device=device),
             counts=self._table(),
-            slot=slots,
+            slot=slots.to(device),
         )
 
     def forget(self, sequence: Sequence) -> None:
@@ -64,10 +64,10 @@ class Counts:
         slot = self._slots.get(sequence)
         if slot is None:
             if not self._free:
-                self.forget(next(s for s in self._slots if s not in beside))
+                self.forget(next(s for s in self._slots if s not in beside and not s.pages))  # it was preempted
             slot = self._slots[sequence] = Slot(self._free.pop(), counted=-1)
         if slot.counted != len(sequence.tokens):
-            self._table()[slot.row] = self._count(sequence)
+            self._table()[slot.row] = self._count(sequence).to(self._device)
         slot.counted = len(sequence.tokens) + 1
         return slot.row
 
@@ -80,15 +80,19 @@ class Counts:
     def _table(self) -> Tensor:
         if self._counts is None:
             # numpy's zeros are pages the kernel hands out when they are first written; torch's are written at once.
-            slots = len(self._free) + len(self._slots)
-            self._counts = torch.from_numpy(np.zeros((slots, self._vocab), np.int32))
+            shape = len(self._free) + len(self._slots), self._vocab
+            if self._device == "cpu":
+                self._counts = torch.from_numpy(np.zeros(shape, np.int32))
+            else:
+                self._counts = torch.zeros(shape, dtype=torch.int32, device=self._device)
         return self._counts
 
 
 class Biases:
     """Each sequence's logit_bias as tensors, made once."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._made: dict[Sequence, tuple[Tensor, Tensor]] = {}
 
     def add(self, logits: Tensor, sequences: tuple[Sequence, ...]) -> Tensor:
@@ -97,8 +101,8 @@ class Biases:
         if not biased:
             return logits
         tokens, values = zip(*(self._of(sequences[row]) for row in biased), strict=True)
-        rows = torch.tensor(biased).repeat_interleave(torch.tensor([len(part) for part in tokens]))
-        return logits.index_put((rows, torch.cat(tokens)), torch.cat(values), accumulate=True)
+        rows = torch.tensor(biased).repeat_interleave(torch.tensor([len(part) for part in tokens])).to(self._device)
+        return logits.float().index_put((rows, torch.cat(tokens)), torch.cat(values), accumulate=True)
 
     def forget(self, sequence: Sequence) -> None:
         self._made.pop(sequence, None)
@@ -106,5 +110,7 @@ class Biases:
     def _of(self, sequence: Sequence) -> tuple[Tensor, Tensor]:
         if sequence not in self._made:
             tokens, values = zip(*sequence.request.sampling.logit_bias, strict=True)
-            self._made[sequence] = torch.tensor(tokens), torch.tensor(values)
+            self._made[sequence] = (
+                torch.tensor(tokens, device=self._device), torch.tensor(values, device=self._device),
+            )  # fmt: skip
         return self._made[sequence]

@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from services.gpu_worker.grammar import Constraint
 
 
+UNKNOWN = -1
+
+
 @dataclass(eq=False)
 class Sequence:
-    """A request on this worker. `tokens` is prompt + output; the KV rows of the first `computed` of them exist.
+    """A request on this worker. `tokens` is prompt + output; the KV rows of the first `computed` of them exist, or will
+    when the steps under way end. The last token may be UNKNOWN yet: such a step finds it.
 
     `scores`: logprobs of the prompt's tokens from the second on, as far as they are computed; None if nobody asked.
     """
@@ -48,6 +52,15 @@ class Sequence:
     def outputs(self) -> int:
         return len(self.tokens) - self.prompt_len
 
+    @property
+    def unknown(self) -> bool:
+        return self.tokens[-1] == UNKNOWN
+
+    @property
+    def full(self) -> bool:
+        """It ends with the step under way, whatever that finds."""
+        return self.unknown and self.outputs >= self.request.sampling.max_tokens
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -56,6 +69,7 @@ class Chunk:
     sequence: Sequence
     start: int
     rows: int
+    life: int = 0  # how often the sequence had been preempted
 
     @property
     def end(self) -> int:
@@ -86,9 +100,13 @@ class Plan:
         return self.decodes + self.prefills
 
     @cached_property
+    def samples(self) -> tuple[Chunk, ...]:
+        """Those after which a token is sampled, as they stood when this was first asked."""
+        return tuple(chunk for chunk in self.chunks if chunk.sampled)
+
+    @cached_property
     def sampled(self) -> tuple[Sequence, ...]:
-        """Whose next token the step finds, as they stood when this was first asked."""
-        return tuple(chunk.sequence for chunk in self.chunks if chunk.sampled)
+        return tuple(chunk.sequence for chunk in self.samples)
 
 
 class Planner:
@@ -150,31 +168,38 @@ class Planner:
         budget = self.chunk_tokens
         for sequence in list(self.running):
             left = len(sequence.tokens) - sequence.computed
-            if sequence not in self.running:
-                continue  # preempted for an older one in this very loop
+            if sequence not in self.running or sequence.full:
+                continue  # preempted for an older one in this very loop, or about to end
             if left == 1:
                 if self._grow(sequence, 1):
-                    decodes.append(Chunk(sequence, sequence.computed, 1))
+                    decodes.append(_chunk(sequence, 1))
             elif budget and self._grow(sequence, min(left, budget)):
-                prefills.append(Chunk(sequence, sequence.computed, min(left, budget)))
+                prefills.append(_chunk(sequence, min(left, budget)))
                 budget -= min(left, budget)
         while budget and len(self.running) < self.max_batch and (admitted := self._admit()):
             rows = min(len(admitted.tokens) - admitted.computed, budget)
-            prefills.append(Chunk(admitted, admitted.computed, rows))
+            prefills.append(_chunk(admitted, rows))
             budget -= rows
         alive = set(map(id, self.running))
         # A one-row chunk of a prefill is a decode like any other: same rows, same kernel.
         chunks = [c for c in decodes + prefills if id(c.sequence) in alive]
         return Plan(tuple(c for c in chunks if c.rows == 1), tuple(c for c in chunks if c.rows > 1))
 
-    def commit(self, plan: Plan) -> None:
-        """The rows of `plan` are in the cache. Called once the step is known to have succeeded."""
+    def advance(self, plan: Plan) -> None:
+        """The rows of `plan` are in the cache for every later step, and each sampled sequence is a token longer."""
+        sampled = plan.sampled
+        for chunk in plan.chunks:
+            chunk.sequence.computed = chunk.end
+        for sequence in sampled:
+            sequence.tokens.append(UNKNOWN)
+
+    def publish(self, plan: Plan) -> None:
+        """Make the pages known that `plan` filled, once its step has succeeded and their tokens are known."""
         for chunk in plan.chunks:
             sequence = chunk.sequence
-            sequence.computed = chunk.end
-            # What was computed before the cache was emptied, or from it, is not found again.
-            known = self.prefix_cache and sequence.epoch == self.allocator.epoch
-            if known and chunk.end // PAGE > chunk.start // PAGE:
+            # What was computed before the cache was emptied, or from it, is not found again; nor what was given back.
+            known = self.prefix_cache and sequence.epoch == self.allocator.epoch and chunk.life == sequence.preemptions
+            if known and sequence.pages and chunk.end // PAGE > chunk.start // PAGE:
                 extend_hashes(sequence.hashes, sequence.tokens[: chunk.end], self.model, sequence.request.salt)
                 for index in range(chunk.start // PAGE, chunk.end // PAGE):
                     self.allocator.publish(sequence.pages[index], sequence.hashes[index])
@@ -213,7 +238,7 @@ class Planner:
     def _admit(self) -> Sequence | None:
         """Start the next waiting sequence if the pages for all its tokens are there."""
         queue = self.preempted or next(iter(self._waiting.values()), self.preempted)
-        if not queue:
+        if not queue or queue[0].unknown:  # a preempted one may still wait for its last token
             return None
         sequence = queue[0]
         if self.prefix_cache:
@@ -242,3 +267,7 @@ class Planner:
         self.running.append(sequence)
         self.running.sort(key=lambda s: s.arrival)
         return sequence
+
+
+def _chunk(sequence: Sequence, rows: int) -> Chunk:
+    return Chunk(sequence, sequence.computed, rows, sequence.preemptions)

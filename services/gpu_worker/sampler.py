@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from common.messages import TokenLogprobs
 from common.model_config import ModelConfig
-from kernels.sample import SampleParams, logprobs, sample
+from kernels.sample import Logprobs, Penalties, SampleParams, logprobs, sample
 from services.gpu_worker.grammar import Masks
 from services.gpu_worker.penalties import Biases, Counts, penalised
-from services.gpu_worker.planner import Plan, Sequence
+from services.gpu_worker.planner import Sequence
+
+if TYPE_CHECKING:
+    from kernels.sample.triton import SampleScratch
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,10 @@ class Sampled:
     tokens: list[int]
     logprobs: dict[int, TokenLogprobs]
 
+    @staticmethod
+    def of(sequences: tuple[Sequence, ...], tokens: list[int], logs: Logprobs | None) -> Sampled:
+        return Sampled(tokens, {} if logs is None else _told(sequences, logs))
+
 
 class Sampler:
     """One step: `begin` before its forward pass, `sample` after it.
@@ -30,12 +38,18 @@ class Sampler:
     `add` and `forget` tell of a sequence's begin and end. What changes logits costs nothing while no sequence asks.
     """
 
-    def __init__(self, config: ModelConfig, *, max_batch: int, threads: int) -> None:
+    def __init__(self, config: ModelConfig, *, max_batch: int, threads: int, device: str = "cpu") -> None:
         self._eos_ids = config.eos_ids
-        self._counts = Counts(config.vocab, max_batch)
-        self._biases = Biases()
+        self._counts = Counts(config.vocab, max_batch, device)
+        self._biases = Biases(device)
         self._masks = Masks(config, threads)
         self._adjusted: set[Sequence] = set()  # whose logits are changed before they are sampled
+        self._device = device
+        self._scratch: SampleScratch | None = None
+        if device != "cpu":
+            from kernels.sample.triton import SampleScratch
+
+            self._scratch = SampleScratch.empty(max_batch, config.vocab, device)
 
     def add(self, sequence: Sequence) -> None:
         sampling = sequence.request.sampling
@@ -48,22 +62,47 @@ class Sampler:
             self._counts.forget(sequence)
             self._biases.forget(sequence)
 
-    def begin(self, plan: Plan) -> Future[Tensor] | None:
-        return self._masks.begin(plan.sampled) if self._adjusted else None
+    def begin(self, sequences: tuple[Sequence, ...]) -> Future[Tensor] | None:
+        return self._masks.begin(sequences) if self._adjusted else None
 
-    def sample(self, plan: Plan, logits: Tensor, mask: Future[Tensor] | None) -> Sampled:
-        """`logits` [S, vocab] float32: one row for each of plan.sampled. `mask`: what `begin` returned."""
-        sequences = plan.sampled
+    def plain(self, sequences: tuple[Sequence, ...]) -> bool:
+        """Whether temperature, top_k, top_p, min_p and seed are all that these ask for."""
+        adjusted = self._adjusted
+        return not any(
+            s in adjusted or s.request.sampling.logprobs is not None or s.outputs < s.request.sampling.min_tokens
+            for s in sequences
+        )
+
+    def sample(
+        self, sequences: tuple[Sequence, ...], logits: Tensor, out: Tensor, mask: Future[Tensor] | None
+    ) -> Logprobs | None:
+        """Fill `out` int64 [S] from `logits` [S, vocab], a row for each of `sequences`; what they want of logprobs.
+        `mask`: what `begin` returned."""
         if not sequences:
-            return Sampled([], {})
-        out = torch.empty(len(sequences), dtype=torch.int64)
-        params, banned = _params(sequences), self._banned(sequences)
-        if self._adjusted:
-            biased, penalties = self._biases.add(logits, sequences), self._counts.penalties(sequences)
-            sample(biased, params, out, banned, penalties=penalties, mask=mask.result() if mask else None)
-        else:
-            sample(logits, params, out, banned)
-        return Sampled(out.tolist(), _logprobs(logits, out, sequences))
+            return None
+        device = self._device
+        params, banned, logs = sample_params(sequences, device), self._banned(sequences), _wanted(sequences, device)
+        if not self._adjusted:
+            self._launch(logits, params, out, banned, logs=logs)
+            return logs
+        biased, penalties = self._biases.add(logits, sequences), self._counts.penalties(sequences)
+        bits = mask.result().to(device) if mask else None
+        own = logs if biased is logits else None
+        self._launch(biased, params, out, banned, penalties=penalties, mask=bits, logs=own)
+        if logs is not None and own is None:  # of the model's own distribution
+            chosen, ids, values = logprobs(logits.float(), out, logs.ids.shape[1])
+            return Logprobs(logs.wanted, chosen, ids, values)
+        return logs
+
+    def plain_sample(self, logits: Tensor, params: SampleParams | None, out: Tensor) -> None:
+        """On a GPU: what can be captured in a graph."""
+        self._launch(logits, params, out, None)
+
+    def _launch(
+        self, logits: Tensor, params: SampleParams | None, out: Tensor, banned: tuple[Tensor, Tensor] | None,
+        penalties: Penalties | None = None, mask: Tensor | None = None, logs: Logprobs | None = None,
+    ) -> None:  # fmt: skip
+        sample(logits, params, out, banned, penalties=penalties, mask=mask, logs=logs, scratch=self._scratch)
 
     def close(self) -> None:
         self._masks.close()
@@ -79,35 +118,45 @@ class Sampler:
         if not pairs:
             return None
         rows, tokens = zip(*pairs, strict=True)
-        return torch.tensor(rows), torch.tensor(tokens)
+        return torch.tensor(rows, device=self._device), torch.tensor(tokens, device=self._device)
 
 
-def _params(sequences: tuple[Sequence, ...]) -> SampleParams | None:
+def sample_params(sequences: tuple[Sequence, ...], device: str) -> SampleParams | None:
     wanted = [s.request.sampling for s in sequences]
     if all(sampling.temperature == 0 for sampling in wanted):
         return None
     return SampleParams(
-        temperature=torch.tensor([s.temperature for s in wanted]),
-        top_k=torch.tensor([s.top_k for s in wanted]),
-        top_p=torch.tensor([s.top_p for s in wanted]),
-        min_p=torch.tensor([s.min_p for s in wanted]),
-        seed=torch.tensor([_int64(s.seed) for s in wanted]),
-        position=torch.tensor([len(s.tokens) for s in sequences]),
+        temperature=torch.tensor([s.temperature for s in wanted], device=device),
+        top_k=torch.tensor([s.top_k for s in wanted], device=device),
+        top_p=torch.tensor([s.top_p for s in wanted], device=device),
+        min_p=torch.tensor([s.min_p for s in wanted], device=device),
+        seed=torch.tensor([int64(s.seed) for s in wanted], device=device),
+        position=torch.tensor([len(s.tokens) for s in sequences], device=device),
     )
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, sequences: tuple[Sequence, ...]) -> dict[int, TokenLogprobs]:
-    counts = {row: n for row, s in enumerate(sequences) if (n := s.request.sampling.logprobs) is not None}
-    if not counts:
-        return {}
-    rows = torch.tensor(list(counts))
-    chosen, ids, values = logprobs(logits[rows], tokens[rows], max(counts.values()))
+def _wanted(sequences: tuple[Sequence, ...], device: str) -> Logprobs | None:
+    counts = [s.request.sampling.logprobs for s in sequences]
+    if all(count is None for count in counts):
+        return None
+    rows, most = len(counts), max(count or 0 for count in counts)
+    return Logprobs(
+        torch.tensor([-1 if count is None else count for count in counts], device=device),
+        torch.empty(rows, device=device),
+        torch.empty(rows, most, dtype=torch.int64, device=device),
+        torch.empty(rows, most, device=device),
+    )
+
+
+def _told(sequences: tuple[Sequence, ...], logs: Logprobs) -> dict[int, TokenLogprobs]:
+    chosen, ids, values = logs.chosen.tolist(), logs.ids.tolist(), logs.values.tolist()
     return {
-        row: TokenLogprobs(chosen[i].item(), tuple(ids[i, :n].tolist()), tuple(values[i, :n].tolist()))
-        for i, (row, n) in enumerate(counts.items())
+        row: TokenLogprobs(chosen[row], tuple(ids[row][:count]), tuple(values[row][:count]))
+        for row, s in enumerate(sequences)
+        if (count := s.request.sampling.logprobs) is not None
     }
 
 
-def _int64(seed: int) -> int:
+def int64(seed: int) -> int:
     """Any integer, as the 64 bits that the noise is hashed from."""
     return (seed + 2**63) % 2**64 - 2**63

@@ -24,7 +24,7 @@ class Scored:
 
 
 def score_prompts(model: Model, plan: Plan, hidden: Tensor) -> list[Scored]:
-    """`hidden` [T, hidden]: the rows of the plan's chunks, one chunk after the other."""
+    """`hidden` [T, hidden], of Model.hidden: the rows of the plan's chunks, one chunk after the other."""
     if all(chunk.sequence.scores is None for chunk in plan.chunks):
         return []
     found, first = [], 0
@@ -44,8 +44,8 @@ def score_prompts(model: Model, plan: Plan, hidden: Tensor) -> list[Scored]:
 
 def _score(model: Model, hidden: Tensor, sequence: Sequence, rows: range, at: int) -> list[TokenLogprobs]:
     """`rows` of the sequence, the i-th of which is hidden[at + i], score the tokens after them."""
-    logits = model.logits(hidden, torch.arange(rows.start + at, rows.stop + at))
-    targets = torch.tensor(sequence.tokens[rows.start + 1 : rows.stop + 1])
+    logits = model.logits(hidden, torch.arange(rows.start + at, rows.stop + at, device=hidden.device))
+    targets = torch.tensor(sequence.tokens[rows.start + 1 : rows.stop + 1], device=hidden.device)
     top = sequence.request.sampling.prompt_logprobs or 0
-    chosen, ids, values = (part.tolist() for part in logprobs(logits, targets, top))
+    chosen, ids, values = (part.tolist() for part in logprobs(logits.float(), targets, top))
     return [TokenLogprobs(*score) for score in zip(chosen, map(tuple, ids), map(tuple, values), strict=True)]

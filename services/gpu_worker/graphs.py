@@ -1,0 +1,307 @@
+"""Steps on a GPU: decodes as a CUDA graph a bucket of rows, then the step's prefill, launched one by one.
+
+The host never waits for a step before it launches the next: a token that it has not seen yet is named by the row of the
+step before that samples it. All launches are on one stream, so a page may have a new owner while an older step that
+names it is under way: the newer one's writes come later.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.messages import TokenLogprobs
+from common.pages import PAGE
+from kernels.sample import Logprobs, SampleParams
+from services.gpu_worker.batch import Batch, Feed
+from services.gpu_worker.model import Cache, Model
+from services.gpu_worker.planner import UNKNOWN, Chunk, Plan, Sequence
+from services.gpu_worker.runner import Computed
+from services.gpu_worker.sampler import Sampled, Sampler, int64
+from services.gpu_worker.scoring import Scored, score_prompts
+from services.gpu_worker.step import build_batch
+from services.gpu_worker.work import Work
+
+IN_FLIGHT = 2  # steps whose inputs and results the host keeps
+
+
+def buckets(most: int) -> list[int]:
+    """The numbers of rows that decode graphs are captured for: padding costs a sixth at most from 16 rows on."""
+    small = [n for n in (1, 2, 4, 8, 12) if n < most]
+    steps = [n for n in range(16, most, 8 if most <= 128 else 16)]
+    return [*small, *steps, most]
+
+
+class Inputs:
+    """What the host tells a decode graph: one pinned block a step in flight, copied to the device in one go."""
+
+    _WIDE = ("tokens", "positions", "write", "top_k", "seed", "at")  # int64
+    _REAL = ("temperature", "top_p", "min_p")  # float32
+    _NARROW = ("source", "context")  # int32
+
+    def __init__(self, rows: int) -> None:
+        size = rows * (8 * len(self._WIDE) + 4 * len(self._REAL) + 4 * len(self._NARROW))
+        self._device = torch.zeros(size, dtype=torch.uint8, device="cuda")
+        self._host = [torch.zeros(size, dtype=torch.uint8, pin_memory=True) for _ in range(IN_FLIGHT)]
+        self.on_device = self._views(self._device, rows)
+        self.on_host: list[dict[str, NDArray[Any]]] = [
+            {name: part.numpy() for name, part in self._views(host, rows).items()} for host in self._host
+        ]
+
+    def _views(self, block: Tensor, rows: int) -> dict[str, Tensor]:
+        views, at = {}, 0
+        kinds = ((self._WIDE, torch.int64), (self._REAL, torch.float32), (self._NARROW, torch.int32))
+        for names, dtype in kinds:
+            for name in names:
+                end = at + rows * dtype.itemsize
+                views[name], at = block[at:end].view(dtype), end
+        return views
+
+    def send(self, turn: int) -> None:
+        self._device.copy_(self._host[turn], non_blocking=True)
+
+
+class BlockTable:
+    """The pages of each decode row, on the device; a row is sent when it changes."""
+
+    def __init__(self, rows: int, pages: int) -> None:
+        self.on_device = torch.zeros(rows, pages, dtype=torch.int32, device="cuda")
+        self._host = [torch.zeros(rows, pages, dtype=torch.int32, pin_memory=True) for _ in range(IN_FLIGHT)]
+        self._rows: list[tuple[Sequence, int, int] | None] = [None] * rows
+
+    def set(self, turn: int, row: int, sequence: Sequence) -> None:
+        now = sequence, sequence.preemptions, len(sequence.pages)
+        if self._rows[row] != now:
+            self._rows[row] = now
+            host = self._host[turn][row, : len(sequence.pages)]
+            host.copy_(torch.tensor(sequence.pages, dtype=torch.int32))
+            self.on_device[row, : len(host)].copy_(host, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class DecodeGraph:
+    """One bucket's. `sample` is captured twice: all greedy, and not."""
+
+    forward: torch.cuda.CUDAGraph
+    greedy: torch.cuda.CUDAGraph
+    random: torch.cuda.CUDAGraph
+    logits: Tensor  # [bucket, vocab]
+    hidden: Tensor  # [bucket, hidden]
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A launched step: where its results will be."""
+
+    samples: tuple[Sequence, ...]
+    rows: list[int]  # of `tokens`, one for each of `samples`
+    tokens: Tensor  # int64, pinned
+    logs: list[tuple[tuple[int, ...], tuple[Sequence, ...], Logprobs]]  # (places in samples, they, what they asked for)
+    scored: list[Scored]
+    done: torch.cuda.Event
+
+
+class GpuRunner:
+    overlaps = True
+
+    def __init__(
+        self, model: Model, cache: Cache, sampler: Sampler, *, max_batch: int, max_context: int, fp8_cache: bool = False
+    ) -> None:
+        self._model, self._cache, self._sampler, self._fp8_cache = model, cache, sampler, fp8_cache
+        self._max_batch = max_batch
+        self._inputs = Inputs(max_batch)
+        self._table = BlockTable(max_batch, -(-max_context // PAGE))
+        # Of decode rows, then of the step's prompts that end.
+        self._sampled = torch.zeros(2 * max_batch, dtype=torch.int64, device="cuda")
+        self._results = [torch.zeros(2 * max_batch, dtype=torch.int64, pin_memory=True) for _ in range(IN_FLIGHT)]
+        self._row_of: dict[Sequence, int] = {}  # whose last token the step before samples: where in `_sampled`
+        self._turn = 0
+        self._works: dict[tuple[int, int], Work] = {}
+        self.graphs: dict[int, DecodeGraph] = {}
+        self._pool: Any = None
+
+    def capture(self, sizes: Many[int] | None = None) -> None:
+        """All decode graphs, the largest first: the smaller ones' scratch lies in what it took."""
+        for rows in sorted(sizes or buckets(self._max_batch), reverse=True):
+            self.graphs[rows] = self._capture(rows)
+        torch.cuda.synchronize()
+
+    # ---- a step
+
+    def launch(self, plan: Plan) -> UnderWay:
+        self._turn = (self._turn + 1) % IN_FLIGHT
+        sampled, row_of = plan.sampled, dict[Sequence, int]()
+        place = {id(sequence): i for i, sequence in enumerate(sampled)}
+        logs: list[tuple[tuple[int, ...], tuple[Sequence, ...], Logprobs]] = []
+        scored: list[Scored] = []
+        decoding = tuple(c.sequence for c in plan.decodes)
+        prompts = tuple(c.sequence for c in plan.prefills if id(c.sequence) in place)
+        if decoding:
+            found, hidden = self._decode(plan.decodes, decoding)
+            self._keep(logs, place, decoding, found)
+            scored += score_prompts(self._model, Plan(plan.decodes, ()), hidden)
+        if plan.prefills:
+            found, hidden = self._prefill(plan.prefills, prompts)
+            self._keep(logs, place, prompts, found)
+            scored += score_prompts(self._model, Plan((), plan.prefills), hidden)
+        for first, group in ((0, decoding), (self._max_batch, prompts)):
+            row_of |= {s: first + i for i, s in enumerate(group)}
+        self._row_of = row_of
+        rows = [row_of[sequence] for sequence in sampled]
+        host = self._results[self._turn]
+        host.copy_(self._sampled, non_blocking=True)
+        done = torch.cuda.Event(blocking=True)
+        done.record()
+        return UnderWay(sampled, rows, host, logs, scored, done)
+
+    def finish(self, launched: UnderWay) -> Computed:
+        launched.done.synchronize()
+        tokens = launched.tokens.tolist()
+        logprobs: dict[int, TokenLogprobs] = {}
+        for places, sequences, logs in launched.logs:
+            told = Sampled.of(sequences, [], logs).logprobs
+            logprobs |= {places[row]: found for row, found in told.items() if places[row] >= 0}
+        return Computed(Sampled([tokens[row] for row in launched.rows], logprobs), launched.scored)
+
+    @staticmethod
+    def _keep(logs: list, place: dict[int, int], sequences: tuple[Sequence, ...], found: Logprobs | None) -> None:
+        if found is not None:
+            logs.append((tuple(place.get(id(s), -1) for s in sequences), sequences, found))
+
+    # ---- decodes
+
+    def _decode(self, chunks: tuple[Chunk, ...], sequences: tuple[Sequence, ...]) -> tuple[Logprobs | None, Tensor]:
+        count = len(chunks)
+        bucket = min(rows for rows in self.graphs if rows >= count)
+        self._tell(chunks, bucket)
+        graph, mask = self.graphs[bucket], self._sampler.begin(sequences)
+        graph.forward.replay()
+        if self._sampler.plain(sequences):
+            random = any(s.request.sampling.temperature > 0 for s in sequences)
+            (graph.random if random else graph.greedy).replay()
+            return None, graph.hidden
+        logits, out = graph.logits[:count], self._sampled[:count]
+        return self._sampler.sample(sequences, logits, out, mask), graph.hidden
+
+    def _tell(self, chunks: tuple[Chunk, ...], bucket: int) -> None:
+        host, turn = self._inputs.on_host[self._turn], self._turn
+        tokens, source, write = [], [], []
+        for row, chunk in enumerate(chunks):
+            sequence, at = chunk.sequence, chunk.start
+            token = sequence.tokens[at]
+            tokens.append(max(token, 0))
+            source.append(self._row_of[sequence] if token == UNKNOWN else -1)
+            write.append(sequence.pages[at // PAGE] * PAGE + at % PAGE)
+            self._table.set(turn, row, sequence)
+        asked = [c.sequence.request.sampling for c in chunks]
+        values: dict[str, tuple[list, Any]] = {
+            "tokens": (tokens, 0),
+            "positions": ([c.start for c in chunks], 0),
+            "write": (write, -1),
+            "source": (source, -1),
+            "context": ([c.end for c in chunks], 0),
+            "temperature": ([s.temperature for s in asked], 0.0),
+            "top_p": ([s.top_p for s in asked], 1.0),
+            "min_p": ([s.min_p for s in asked], 0.0),
+            "top_k": ([s.top_k for s in asked], 0),
+            "seed": ([int64(s.seed) for s in asked], 0),
+            "at": ([c.end for c in chunks], 0),
+        }
+        for name, (column, padding) in values.items():
+            host[name][: len(column)] = column
+            host[name][len(column) : bucket] = padding
+        self._inputs.send(turn)
+
+    def _capture(self, rows: int) -> DecodeGraph:
+        given, work = self._inputs.on_device, self._model.new_work(rows, decodes=rows, fp8_cache=self._fp8_cache)
+        batch = Batch(
+            tokens=given["tokens"][:rows],
+            positions=given["positions"][:rows],
+            write=given["write"][:rows],
+            n_decode=rows,
+            block_table=self._table.on_device[:rows],
+            context=given["context"][:rows],
+            prefill=(),
+            logit_rows=given["tokens"][:0],
+            feed=Feed(given["source"][:rows], self._sampled),
+        )
+        logits = torch.empty(rows, self._model.config.vocab, dtype=self._model.dtype, device="cuda")
+        names = ("temperature", "top_k", "top_p", "min_p", "seed", "at")
+        params = SampleParams(*(given[name][:rows] for name in names))
+        out = self._sampled[:rows]
+        self._blank(rows)
+
+        def forward() -> None:
+            self._model.logits(self._model.hidden(batch, self._cache, work), out=logits)
+
+        return DecodeGraph(
+            self._graph(forward),
+            self._graph(lambda: self._sampler.plain_sample(logits, None, out)),
+            self._graph(lambda: self._sampler.plain_sample(logits, params, out)),
+            logits,
+            work.x,
+        )
+
+    def _blank(self, rows: int) -> None:
+        """Inputs of which no row is real: for runs whose results nobody wants."""
+        host = self._inputs.on_host[0]
+        for name, padding in {"write": -1, "source": -1, "context": 0, "tokens": 0, "positions": 0, "top_p": 1}.items():
+            host[name][:rows] = padding
+        self._inputs.send(0)
+
+    def _graph(self, launch: Any) -> torch.cuda.CUDAGraph:
+        launch()  # compiles what is not compiled yet
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        gc.disable()  # a collection in the middle may free tensors, which a capture forbids
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                launch()
+        finally:
+            gc.enable()
+        self._pool = graph.pool()
+        return graph
+
+    # ---- prefill
+
+    def _prefill(self, chunks: tuple[Chunk, ...], prompts: tuple[Sequence, ...]) -> tuple[Logprobs | None, Tensor]:
+        plan = Plan((), chunks)
+        batch = _to_gpu(build_batch(plan))
+        context = sum(chunk.end for chunk in chunks)
+        model, mask = self._model, self._sampler.begin(prompts)
+        hidden = model.hidden(batch, self._cache, self._work(len(batch.tokens), context))
+        if not prompts:
+            return None, hidden
+        logits = model.logits(hidden, batch.logit_rows)
+        out = self._sampled[self._max_batch : self._max_batch + len(prompts)]
+        return self._sampler.sample(prompts, logits, out, mask), hidden
+
+    def _work(self, rows: int, context: int) -> Work:
+        """Of the last shape: chunks are mostly of one size."""
+        room = 1 << max(context - 1, 1).bit_length()
+        if (rows, room) not in self._works:
+            self._works.clear()
+            self._works[rows, room] = self._model.new_work(rows, context=room)
+        return self._works[rows, room]
+
+
+def _to_gpu(batch: Batch) -> Batch:
+    def there(x: Tensor) -> Tensor:
+        return x.cuda(non_blocking=True)
+
+    return Batch(
+        tokens=there(batch.tokens),
+        positions=there(batch.positions),
+        write=there(batch.write),
+        n_decode=0,
+        block_table=there(batch.block_table.int()),
+        context=there(batch.context.int()),
+        prefill=batch.prefill,
+        logit_rows=there(batch.logit_rows),
+    )

@@ -1,0 +1,65 @@
+"""How a planned step is computed. A runner whose steps overlap lets the next be launched before this one has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from structlog.typing import FilteringBoundLogger
+
+from common.link import PeerLost
+from services.gpu_worker.model import Cache, Model
+from services.gpu_worker.planner import Plan
+from services.gpu_worker.sampler import Sampled, Sampler
+from services.gpu_worker.scoring import Scored, score_prompts
+from services.gpu_worker.step import build_batch
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What a step found out, before anything is changed by it."""
+
+    sampled: Sampled  # of plan.samples
+    scored: list[Scored] = field(default_factory=list)
+
+
+class Runner(Protocol):
+    overlaps: bool
+
+    def launch(self, plan: Plan) -> Any:
+        """Start a step, as its sequences stand. Raises ExpertsUnavailable where it cannot be computed; then nothing has
+        changed."""
+        ...
+
+    def finish(self, launched: Any) -> Computed:
+        """Wait for the oldest step that is under way, which `launched` is of."""
+        ...
+
+
+class CpuRunner:
+    """Forward, then sample; nothing overlaps."""
+
+    overlaps = False
+
+    def __init__(self, model: Model, cache: Cache, sampler: Sampler, log: FilteringBoundLogger) -> None:
+        self._model, self._cache, self._sampler, self._log = model, cache, sampler, log
+
+    def launch(self, plan: Plan) -> Computed:
+        """A peer that dies fails the step, which then runs again from its start with a live copy (experts are pure and
+        KV rows are overwritten in place)."""
+        model, batch, mask = self._model, build_batch(plan), self._sampler.begin(plan.sampled)
+        assert model.link is not None
+        while True:
+            try:
+                model.link.begin_step()
+                hidden = model.hidden(batch, self._cache)
+                logits = model.logits(hidden, batch.logit_rows)
+                out = torch.empty(len(logits), dtype=torch.int64)
+                logs = self._sampler.sample(plan.sampled, logits, out, mask)
+                return Computed(Sampled.of(plan.sampled, out.tolist(), logs), score_prompts(model, plan, hidden))
+            except PeerLost as lost:
+                self._log.warning("a shard was lost in mid step", shard=lost.shard_id)
+
+    def finish(self, launched: Computed) -> Computed:
+        return launched

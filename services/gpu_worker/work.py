@@ -1,0 +1,79 @@
+"""Everything that a forward pass writes beside the cache, for one number of rows. Layers and steps take turns in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from common.model_config import ModelConfig
+from kernels.experts import ExpertWork, slot_table
+from kernels.linear import LinearScratch
+from kernels.mla_prefill import PrefillScratch
+from kernels.quant import Fp8Rows
+from kernels.route import RouteScratch
+
+if TYPE_CHECKING:
+    from kernels.mla_decode.plan import DecodePlan
+    from kernels.qkv_norm_rope_write.triton import QkvScratch
+
+
+@dataclass(frozen=True)
+class MlpWork:
+    """An FFN that all tokens take, on a GPU: one expert that every token chooses, so its plan never changes."""
+
+    experts: ExpertWork
+    weights: Tensor  # float32 [T, 1], ones
+
+    @staticmethod
+    def empty(rows: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype) -> MlpWork:
+        from kernels.expert_plan import plan_experts
+
+        work = ExpertWork.empty(rows, 1, 1, hidden, inter, fp8, "cuda", dtype)
+        ids = torch.zeros(rows, 1, dtype=torch.int32, device="cuda")
+        plan_experts(ids, slot_table({0: 0}, 1).cuda(), 1, work.plan)
+        return MlpWork(work, torch.ones(rows, 1, device="cuda"))
+
+
+@dataclass(frozen=True)
+class GpuWork:
+    """The kernels' scratch."""
+
+    linear: LinearScratch
+    qkv: QkvScratch
+    route: RouteScratch | None
+    decode: DecodePlan | None
+    prefill: PrefillScratch | None
+    dense: MlpWork | None  # a dense layer's FFN
+    shared: MlpWork | None  # the shared expert's, where it is not one of the stacks'
+    experts: ExpertWork | None  # where the routed experts are in this process
+    coded: Fp8Rows | None  # [T, hidden], the normed rows in 8 bits
+    attended: Fp8Rows | None  # [T, heads * v_dim]
+
+
+@dataclass(frozen=True)
+class Work:
+    h: Tensor  # [T, hidden], the residual stream
+    x: Tensor  # [T, hidden], normed
+    q: Tensor  # [T, heads, nope + rope]
+    out: Tensor  # [T, heads, v_dim], attention's
+    ids: Tensor  # [T, topk (+ shared)], int32 on a GPU
+    weights: Tensor  # float32 [T, topk (+ shared)]
+    gpu: GpuWork | None = None
+
+    @staticmethod
+    def empty(
+        rows: int, config: ModelConfig, dtype: torch.dtype, chosen: int, device: str, gpu: GpuWork | None = None
+    ) -> Work:
+        """`chosen`: experts a token goes to."""
+
+        def room(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+            return torch.empty(rows, *shape, dtype=kind, device=device)
+
+        c = config
+        return Work(
+            room(c.hidden), room(c.hidden), room(c.heads, c.nope + c.rope), room(c.heads, c.v_dim),
+            room(chosen, kind=torch.int64 if gpu is None else torch.int32), room(chosen, kind=torch.float32), gpu,
+        )  # fmt: skip
