@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.checkpoint import Checkpoint
 from common.link import ExpertLink
 from common.model_config import ModelConfig
 from common.pages import PAGE
+from common.source import Source
 from kernels.combine_norm import combine_norm
 from kernels.mla_decode import DecodeMask, mla_decode, plan_decode
 from kernels.mla_prefill import PrefillPlan, mla_prefill
@@ -23,11 +23,11 @@ from services.gpu_worker.weights import Layer, Mlp, load_weights, rope_turns
 class Model:
     """Holds every weight but the routed experts', which it reaches through `link`."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, link: ExpertLink, *, threads: int = 1) -> None:
+    def __init__(self, config: ModelConfig, source: Source, link: ExpertLink, *, threads: int = 1) -> None:
         torch.set_num_threads(threads)
         self.config = config
         self.link = link
-        self.weights = load_weights(config, checkpoint)
+        self.weights = load_weights(config, source)
         self._turns = rope_turns(config, config.max_positions)  # [max_positions, rope / 2]
         self._routing = Routing(
             topk=config.topk,
@@ -87,6 +87,7 @@ class Model:
             mla_decode(q[:n], *up, cache, batch.block_table, batch.context, decode, c.softmax_scale, out[:n])
         if prefill is not None:
             mla_prefill(q[n:], *up, cache, prefill, c.softmax_scale, out[n:])
+        assert isinstance(layer.o, Tensor)
         h.addmm_(out.view(len(x), -1), layer.o)
         if layer.o_bias is not None:
             h += layer.o_bias
@@ -107,6 +108,7 @@ class Model:
 def _add_mlp(mlp: Mlp | None, x: Tensor, h: Tensor) -> None:
     """h += (silu(x gate) * (x up)) down"""
     if mlp is not None:
+        assert isinstance(mlp.gate_up, Tensor) and isinstance(mlp.down, Tensor)
         gate, up = torch.mm(x, mlp.gate_up).split(len(mlp.down), 1)
         h.addmm_(F.silu(gate).mul_(up), mlp.down)
 
