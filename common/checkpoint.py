@@ -1,11 +1,11 @@
-"""Reading a safetensors checkpoint tensor by tensor."""
+"""A safetensors checkpoint as a source of weights."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,20 @@ import torch
 from torch import Tensor
 
 from common.errors import ConfigError
+from common.source import CODED, Progress, Read, empty, put
+from common.transfer import Transfer, transfer
+from kernels.quant import GROUP, Fp8Blocks, dequantise
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": CODED,
+}
+SCALES = "_scale_inv"  # behind the name of a weight in blocks of 8 bits
+MOST_ASIDE = 512 << 20  # bytes of weights to be converted that are read at a time
 HEADER_LIMIT = 100 << 20  # bytes, the format's own
 
 
@@ -53,8 +64,72 @@ class Checkpoint:
         entry = self._entry(name)
         return entry.end - entry.start
 
+    def require(self, name: str) -> None:
+        if self._is_coded(name):
+            self._entry(name + SCALES)
+
     def tensor(self, name: str, shape: Sequence[int] | None = None) -> Tensor:
-        """In the file's dtype. Raises ConfigError naming it if it is missing, unreadable or of another shape."""
+        """In the file's dtype, or float32 where that is in blocks of 8 bits. Raises ConfigError naming it if it is
+        missing, unreadable or of another shape."""
+        entry, dtype = self._checked(name, shape)
+        value = _value(entry, dtype)
+        if dtype is not CODED:
+            return value
+        scale = _value(*self._checked(name + SCALES, [-(-n // GROUP) for n in entry.shape]))
+        return dequantise(Fp8Blocks(value, scale.float()))
+
+    def fill(self, reads: Sequence[Read], progress: Progress | None = None) -> None:
+        done, total = 0, sum(self.nbytes(read.name) for read in reads)
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(min(done, total), total)
+
+        for batch in self._batches(reads):
+            targets = [self._target(read) for read in batch]
+            transfer(
+                [t for read, to in zip(batch, targets, strict=True) for t in self._transfers(read.name, to)], advance
+            )
+            for read, target in zip(batch, targets, strict=True):
+                if target is not read.out:
+                    put(target, read.out)
+
+    def _batches(self, reads: Sequence[Read]) -> Iterator[list[Read]]:
+        """Of as many as need MOST_ASIDE bytes beside what they fill, or one that needs more."""
+        batch: list[Read] = []
+        aside = 0
+        for read in reads:
+            size = 0 if self._is_coded(read.name) is isinstance(read.out, Fp8Blocks) else self.nbytes(read.name)
+            if batch and aside + size > MOST_ASIDE:
+                yield batch
+                batch, aside = [], 0
+            batch.append(read)
+            aside += size
+        if batch:
+            yield batch
+
+    def _target(self, read: Read) -> Tensor | Fp8Blocks:
+        """What the file's bytes go to: `read.out`, unless it is in 8 bits and the file is not, or the reverse."""
+        coded, out = self._is_coded(read.name), read.out.data
+        if coded is isinstance(read.out, Fp8Blocks):
+            return read.out
+        _, dtype = self._checked(read.name, out.shape)
+        return empty(out.shape, dtype, out.device, fp8=coded)
+
+    def _transfers(self, name: str, target: Tensor | Fp8Blocks) -> Iterator[Transfer]:
+        parts = [(name, target.data)]
+        if isinstance(target, Fp8Blocks):
+            parts.append((name + SCALES, target.scale))
+        for part, out in parts:
+            entry, dtype = self._checked(part, out.shape)
+            yield Transfer(entry.path, entry.start, dtype, out)
+
+    def _is_coded(self, name: str) -> bool:
+        return DTYPES.get(self._entry(name).dtype) is CODED
+
+    def _checked(self, name: str, shape: Sequence[int] | None) -> tuple[Entry, torch.dtype]:
         entry = self._entry(name)
         if shape is not None and entry.shape != tuple(shape):
             raise ConfigError(f"{entry.path}: tensor {name} has shape {list(entry.shape)}, expected {list(shape)}")
@@ -63,8 +138,7 @@ class Checkpoint:
             raise ConfigError(f"{entry.path}: tensor {name} is {entry.dtype}, which is not supported")
         if entry.end - entry.start != math.prod(entry.shape) * dtype.itemsize:
             raise ConfigError(f"{entry.path}: tensor {name} has the wrong number of bytes")
-        data = _read(entry.path, entry.start, entry.end - entry.start)
-        return torch.frombuffer(data, dtype=dtype).view(entry.shape) if data else torch.empty(entry.shape, dtype=dtype)
+        return entry, dtype
 
     def _entry(self, name: str) -> Entry:
         try:
@@ -101,6 +175,11 @@ def _read_header(path: Path) -> dict[str, Entry]:
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is not a safetensors file: {error!r}") from None
+
+
+def _value(entry: Entry, dtype: torch.dtype) -> Tensor:
+    data = _read(entry.path, entry.start, entry.end - entry.start)
+    return torch.frombuffer(data, dtype=dtype).view(entry.shape) if data else torch.empty(entry.shape, dtype=dtype)
 
 
 def _read(path: Path, start: int, size: int) -> bytearray:

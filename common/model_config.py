@@ -61,7 +61,8 @@ class ModelConfig:
     max_positions: int
     eos_ids: tuple[int, ...]
     bos_id: int | None
-    fingerprint: str  # of config.json and the weight files' names and sizes
+    fp8: bool  # the file's linear weights are e4m3 with one scale a block of 128x128
+    fingerprint: str  # of config.json and the weight files' names and sizes, or of config.json and "random"
 
     def context_within(self, limit: int) -> int:
         """The longest prompt plus output, in tokens, under the setting max_context (0: the model's own)."""
@@ -89,8 +90,9 @@ class ModelConfig:
         return scale * self.yarn.softmax_factor if self.yarn else scale
 
     @classmethod
-    def load(cls, folder: str | Path) -> ModelConfig:
-        """Raises ConfigError that names what is missing, malformed or not supported."""
+    def load(cls, folder: str | Path, weights: str = "checkpoint") -> ModelConfig:
+        """`weights`: the setting of that name. Raises ConfigError that names what is missing, malformed or not
+        supported. A multi-token-prediction layer (num_nextn_predict_layers) is no layer of the model and not read."""
         folder = Path(folder)
         config = _Fields(folder / "config.json")
         architecture = _architecture(config)
@@ -116,7 +118,8 @@ class ModelConfig:
             max_positions=config.count("max_position_embeddings"),
             eos_ids=_eos_ids(folder, config),
             bos_id=config.optional_id("bos_token_id"),
-            fingerprint=_fingerprint(folder),
+            fp8=_fp8(config),
+            fingerprint=_fingerprint(folder, weights),
             **moe,
         )
         _check(loaded, config)
@@ -262,16 +265,25 @@ def _eos_ids(folder: Path, config: _Fields) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids + config.ids("eos_token_id")))
 
 
-def _fingerprint(folder: Path) -> str:
+def _fp8(config: _Fields) -> bool:
+    found = config.object("quantization_config")
+    wanted = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    said = {"fmt": "e4m3", "activation_scheme": "dynamic"} | found
+    if found and any(said.get(name) != value for name, value in wanted.items()):
+        raise config.unsupported(f"quantization_config {found} (fp8 in blocks of 128x128, bf16, fp16 and fp32 are)")
+    return bool(found)
+
+
+def _fingerprint(folder: Path, weights: str) -> str:
     """Equal for equal checkpoints wherever they lie; the weights themselves are not read."""
     config = json.dumps(_read_object(folder / "config.json"), sort_keys=True)
-    files = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+    files: Any = sorted((path.name, path.stat().st_size) for path in folder.glob("*.safetensors"))
+    if weights == "random":
+        files = weights
     return hashlib.blake2b(f"{config}{files}".encode(), digest_size=8).hexdigest()
 
 
 def _check(model: ModelConfig, config: _Fields) -> None:
-    if config.object("quantization_config"):
-        raise config.unsupported("quantization_config (give a checkpoint in bf16 or fp32)")
     if config.flag("mlp_bias", False):
         raise config.unsupported("mlp_bias")
     if (act := config.text("hidden_act", "silu")) != "silu":

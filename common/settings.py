@@ -44,6 +44,10 @@ def setting(
 class Settings:
     model: str = setting("models/tiny", "checkpoint folder as Hugging Face lays it out")
     model_name: str = setting("", "what clients call the model; empty: the folder's name")
+    weights: Literal["checkpoint", "random"] = setting(
+        "checkpoint", "random: drawn from config.json alone, for work on speed; the text means nothing"
+    )
+    experts_fp8: bool = setting(False, "quantise bf16 experts to fp8 blocks at load, on a GPU")
     max_context: int = setting(0, "longest prompt plus output; 0: the model's own limit", low=0, unit="tokens")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; so far always the CPU")
     host: str = setting("127.0.0.1", "address the gateway listens on")

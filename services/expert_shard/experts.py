@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common.checkpoint import Checkpoint
-from common.errors import ConfigError
 from common.model_config import ModelConfig
+from common.source import Progress, Source
 from kernels.experts import experts, slot_table
-
-Progress = Callable[[int, int], None]
-"""(bytes loaded, bytes to load) as they are held: float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +25,7 @@ class _Layer:
     down: Tensor  # [held, moe_inter, hidden] float32
 
 
-def _names(layer: int, expert: int) -> tuple[str, str, str]:
+def names(layer: int, expert: int) -> tuple[str, str, str]:
     """Gate, up and down of one expert."""
     mlp = f"model.layers.{layer}.mlp.experts.{expert}"
     return f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight", f"{mlp}.down_proj.weight"
@@ -38,8 +34,8 @@ def _names(layer: int, expert: int) -> tuple[str, str, str]:
 class ExpertStore:
     """Loads and drops whole partitions while `compute` goes on in another thread."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint) -> None:
-        self._config, self._checkpoint = config, checkpoint
+    def __init__(self, config: ModelConfig, source: Source) -> None:
+        self._config, self._source = config, source
         self._layers: dict[int, _Layer] = {layer: self._empty() for layer in config.moe_layers}
         self._held: frozenset[int] = frozenset()
         self._changing = threading.Lock()
@@ -60,15 +56,17 @@ class ExpertStore:
         return absent == np.count_nonzero(asked < 0)
 
     def check(self) -> None:
-        """Raises ConfigError naming a routed expert's tensor that the checkpoint lacks; reads no weights."""
+        """Raises ConfigError naming a routed expert's tensor that the source lacks; reads no weights."""
         for layer in self._config.moe_layers:
             for expert in range(self._config.experts):
-                for name in _names(layer, expert):
-                    if name not in self._checkpoint:
-                        raise ConfigError(f"{self._checkpoint.folder}: tensor {name} is missing")
+                for name in names(layer, expert):
+                    self._source.require(name)
 
     def load(self, partitions: Iterable[int], progress: Progress | None = None) -> None:
-        """Read what is missing of these partitions. Raises ConfigError naming a tensor that is missing or misshapen."""
+        """Read what is missing of these partitions, `progress` in bytes as they are held.
+
+        Raises ConfigError naming a tensor that is missing or misshapen.
+        """
         with self._changing:
             wanted = self._held | set(partitions)
             new = self._experts_of(wanted - self._held)
@@ -105,11 +103,11 @@ class ExpertStore:
 
     def _read(self, layer: int, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         hidden, inter = self._config.hidden, self._config.moe_inter
-        gate, up, down = _names(layer, expert)
+        gate, up, down = names(layer, expert)
         return (
-            self._checkpoint.tensor(gate, (inter, hidden)),
-            self._checkpoint.tensor(up, (inter, hidden)),
-            self._checkpoint.tensor(down, (hidden, inter)),
+            self._source.tensor(gate, (inter, hidden)),
+            self._source.tensor(up, (inter, hidden)),
+            self._source.tensor(down, (hidden, inter)),
         )
 
     def _replace(self, layer: int, fresh: dict[int, tuple[Tensor, Tensor, Tensor]], wanted: list[int]) -> None:
