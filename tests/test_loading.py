@@ -63,20 +63,357 @@ def plain(weight: Tensor | Fp8Blocks) -> Tensor:
     return dequantise(weight) if isinstance(weight, Fp8Blocks) else weight.float()
 
 
-def numbers(weights: Weights) -> dict[str, Tensor]:
-    """Every tensor by name, as float32; columns of qkv.a with the latent first."""
-    found = {"embedding": weights.embedding, "norm": weights.norm, "head": weights.head}
+def numbers(config: ModelConfig, weights: Weights) -> dict[str, Tensor]:
+    """Every tensor by name, as float32; of qkv.a and its bias the latent and key first."""
+    found: dict[str, Any] = {"embedding": weights.embedding, "norm": weights.norm, "head": weights.head}
     for layer in weights.layers:
-        for name in ("attn_norm", "w_uk", "w_uv", "o", "o_bias", "mlp_norm", "w_gate", "gate_bias"):
-            found[f"{layer.index}.{name}"] = getattr(layer, name)
-        for name in ("kv_norm", "q_norm", "b"):
-            found[f"{layer.index}.{name}"] = getattr(layer.qkv, name)
-        width = len(layer.qkv.kv_norm) + 2 * ROPE_HALF[0]
-        for name in ("a", "a_bias"):
-            if (value := getattr(layer.qkv, name)) is not None:
-                value = plain(value)
-                row, queries = layer.qkv.split(value if value.dim() == 2 else value[None], width)
-                found[f"{layer.index}.{name}"] = torch.cat((row, queries), 1)
+        qkv = layer.qkv
+        parts = {name: getattr(layer, name) for name in ("attn_norm", "w_uk", "w_uv", "o", "o_bias", "mlp_norm")}
+        parts |= {name: getattr(layer, name) for name in ("w_gate", "gate_bias")}
+        parts |= {name: getattr(qkv, name) for name in ("kv_norm", "q_norm", "b")}
+        parts["a"] = torch.cat(qkv.split(plain(qkv.a), config.latent), 1)
+        if qkv.a_bias is not None:
+            parts["a_bias"] = torch.cat(qkv.split(qkv.a_bias[None], config.latent), 1)
         if layer.mlp is not None:
-            found |= {f"{layer.index}.gate_up": layer.mlp.gate_up, f"{layer.index}.down": layer.mlp.down}
+            parts |= {"gate_up": layer.mlp.gate_up, "down": layer.mlp.down}
+        found |= {f"{layer.index}.{name}": value for name, value in parts.items()}
     return {name: plain(value) for name, value in found.items() if value is not None}
+
+
+def rounded(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the GPU's layout holds what is not in blocks: bf16, but for the router's bias."""
+    return {name: v if name.endswith("gate_bias") else v.bfloat16().float() for name, v in values.items()}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert got[name].shape == value.shape and got[name].equal(value), name
+
+
+def both_layouts(config: ModelConfig, source: Source) -> tuple[Weights, Weights]:
+    return load_weights(config, source), load_weights(config, source, layout=Layout.GPU)
+
+
+def in_blocks(layer: Layer) -> list[Any]:
+    """The weights that an fp8 model has in blocks."""
+    mlp = [layer.mlp.gate_up, layer.mlp.down] if layer.mlp else []
+    return [layer.qkv.a, layer.o, *mlp, *([] if layer.qkv.b is None else [layer.qkv.b])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_both_layouts_hold_the_same_numbers(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    write_checkpoint(make_model(name).to(dtype), tmp_path)
+    config = ModelConfig.load(tmp_path)
+    cpu, gpu = both_layouts(config, Checkpoint(tmp_path))
+    assert_same(numbers(config, gpu), rounded(numbers(config, cpu)))
+
+
+@pytest.mark.parametrize("name", ["v2-lite-like", "v3-like", "v2-tied"])
+def test_a_gpu_s_weights_are_views_of_what_the_file_has(tmp_path: Path, name: str) -> None:
+    write_checkpoint(make_model(name), tmp_path)
+    config = ModelConfig.load(tmp_path)
+    weights = load_weights(config, Checkpoint(tmp_path), layout=Layout.GPU)
+    assert weights.embedding.dtype is torch.bfloat16 and weights.head.T.is_contiguous()
+    assert (weights.head.data_ptr() == weights.embedding.data_ptr()) is config.tie
+    for layer in weights.layers:
+        for weight in [*in_blocks(layer), *([] if layer.w_gate is None else [layer.w_gate])]:
+            assert weight.dtype is torch.bfloat16 and weight.T.is_contiguous()
+        assert layer.attn_norm.dtype is layer.w_uk.dtype is torch.bfloat16
+        assert layer.gate_bias is None or layer.gate_bias.dtype is torch.float32
+        joint = prefill.joint(layer.w_uk, layer.w_uv)
+        want = torch.cat((layer.w_uk, layer.w_uv.mT), 1).flatten(0, 1).T
+        assert joint.equal(want)
+
+
+@pytest.mark.parametrize("name", ["v3-like", "v3-plain", "v2-lite-like"])
+def test_fp8_is_read_as_it_is_or_dequantised(tmp_path: Path, name: str) -> None:
+    kept = write_fp8(name, tmp_path)
+    config = ModelConfig.load(tmp_path)
+    cpu, gpu = (numbers(config, weights) for weights in both_layouts(config, Checkpoint(tmp_path)))
+    save_file(kept, tmp_path / "model.safetensors")
+    wide = load_weights(config, Checkpoint(tmp_path))
+    assert_same(cpu, numbers(config, wide))
+    blocks = {f"{layer.index}.{part}" for layer in wide.layers for part in ("a", "b", "o", "gate_up", "down")}
+    assert_same(gpu, {name: cpu[name] if name in blocks else value for name, value in rounded(cpu).items()})
+
+
+@pytest.mark.parametrize("name", ["v3-like", "v3-plain"])
+def test_blocks_lie_as_in_the_file(tmp_path: Path, name: str) -> None:
+    write_fp8(name, tmp_path)
+    config = ModelConfig.load(tmp_path)
+    for layer in load_weights(config, Checkpoint(tmp_path), layout=Layout.GPU).layers:
+        assert layer.qkv.queries_first
+        prefill.joint(layer.w_uk, layer.w_uv)
+        for weight in in_blocks(layer):
+            assert isinstance(weight, Fp8Blocks) and weight.data.dtype is torch.float8_e4m3fn
+            assert weight.data.T.is_contiguous() and weight.scale.T.is_contiguous()
+            assert weight.scale.shape == tuple(-(-n // 128) for n in weight.data.shape)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"intermediate_size": 144}, r"layers\.0\.mlp\.gate_proj\.weight has 144 rows: in fp8 .* multiple of 128"),
+        ({"q_lora_rank": 72}, r"q_a_proj\.weight has 72 rows"),
+        ({"qk_nope_head_dim": 112, "q_lora_rank": 128}, "rope_interleave false is not supported where"),
+    ],
+    ids=["mlp", "q_lora", "rope"],
+)
+def test_what_does_not_fit_blocks_is_refused(tmp_path: Path, changes: dict[str, int], sentence: str) -> None:
+    write_fp8("v3-plain", tmp_path, **changes)
+    config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
+    load_weights(config, checkpoint)
+    with pytest.raises(ConfigError, match=sentence):
+        load_weights(config, checkpoint, layout=Layout.GPU)
+
+
+def test_a_layer_for_predicting_more_tokens_is_not_read(tmp_path: Path) -> None:
+    write_fp8("v3-like", tmp_path)
+    config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
+    want = [numbers(config, weights) for weights in both_layouts(config, checkpoint)]
+    tensors = load_file(tmp_path / "model.safetensors")
+    # Whole numbers: reading one would be refused.
+    extra = {f"model.layers.{config.layers}.{part}": torch.arange(4) for part in ("eh_proj.weight", "hnorm.weight")}
+    extra |= {n.replace("layers.2.", f"layers.{config.layers}."): torch.arange(4) for n in tensors if "layers.2." in n}
+    save_file(tensors | extra, tmp_path / "model.safetensors")
+    change_config(tmp_path, num_nextn_predict_layers=1)
+    config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
+    assert config.layers == 3 and config.moe_layers == (1, 2)
+    for got, numbers_before in zip(both_layouts(config, checkpoint), want, strict=True):
+        assert_same(numbers(config, got), numbers_before)
+    store = ExpertStore(config, checkpoint)
+    store.check()
+    store.load(range(config.partitions))
+
+
+# ---- experts
+
+
+def stored(config: ModelConfig, source: Source, layer: int) -> Any:
+    """The layer as a shard on a CPU holds it."""
+    store = ExpertStore(config, source)
+    store.load(range(config.partitions))
+    return store._layers[layer]
+
+
+def assert_stack(stack: ExpertStack, gate_up: Tensor, down: Tensor) -> None:
+    for weight, want in ((stack.gate_up, gate_up), (stack.down, down)):
+        rows_and_scale(weight)  # raises if it is no transposed view
+        got = torch.stack([plain(expert_of(weight, slot)) for slot in range(len(want))])
+        assert got.shape == want.shape and got.equal(want)
+
+
+def test_a_stack_holds_the_experts_asked_for_in_order(tmp_path: Path) -> None:
+    write_checkpoint(make_model("v3-like").bfloat16(), tmp_path)
+    config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
+    want, order = stored(config, checkpoint, 2), [7, 0, 11]
+    stack = load_stack(config, checkpoint, 2, order, "cpu", shared=False, fp8=False)
+    assert_stack(stack, want.gate_up[order], want.down[order])
+    assert stack.slots.tolist() == [1, 3, 3, 3, 3, 3, 3, 0, 3, 3, 3, 2, 3]
+    none = load_stack(config, checkpoint, 2, [], "cpu", shared=False, fp8=False)
+    assert none.gate_up.data.shape == (0, config.hidden, 2 * config.moe_inter)
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_shared_experts_follow_as_experts_of_their_own(tmp_path: Path, fp8: bool) -> None:
+    if fp8:
+        write_fp8("v3-like", tmp_path)
+    else:
+        write_checkpoint(make_model("v3-like").bfloat16(), tmp_path)
+    config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
+    stack = load_stack(config, checkpoint, 1, [3, 4], "cpu", shared=True, fp8=fp8)
+    routed, mlp = stored(config, checkpoint, 1), load_weights(config, checkpoint).layers[1].mlp
+    assert mlp is not None and config.shared_experts == 2
+    gate, up = plain(mlp.gate_up).chunk(2, 1)
+    pairs = zip(gate.chunk(2, 1), up.chunk(2, 1), strict=True)
+    gate_up = torch.stack([*routed.gate_up[[3, 4]], *(torch.cat(pair, 1) for pair in pairs)])
+    assert_stack(stack, gate_up, torch.stack([*routed.down[[3, 4]], *plain(mlp.down).chunk(2)]))
+    held = {3: 0, 4: 1, 12: 2, 13: 3}
+    assert stack.slots.tolist() == [held.get(i, 4) for i in range(14)] + [4]
+
+
+def test_experts_are_quantised_or_dequantised_while_they_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common.checkpoint, "MOST_ASIDE", 100_000)  # a few experts at a time
+    kept = write_fp8("v3-like", tmp_path)
+    config, coded = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
+    want, every = stored(config, coded, 1), range(config.experts)
+    assert_stack(load_stack(config, coded, 1, every, "cpu", shared=False, fp8=True), want.gate_up, want.down)
+    dequantised = load_stack(config, coded, 1, every, "cpu", shared=False, fp8=False)
+    assert isinstance(dequantised.gate_up, Tensor) and dequantised.gate_up.dtype is torch.bfloat16
+    assert_stack(dequantised, want.gate_up.bfloat16().float(), want.down.bfloat16().float())
+    save_file({name: value.bfloat16() for name, value in kept.items()}, tmp_path / "model.safetensors")
+    quantised = load_stack(config, Checkpoint(tmp_path), 1, every, "cpu", shared=False, fp8=True)
+    for got, wide in ((quantised.gate_up, want.gate_up), (quantised.down, want.down)):
+        assert isinstance(got, Fp8Blocks)
+        blocks = quantise_blocks(wide.bfloat16())
+        assert torch.equal(got.data.float(), blocks.data.float()) and torch.equal(got.scale, blocks.scale)
+
+
+def test_experts_in_fp8_need_whole_blocks(tmp_path: Path) -> None:
+    write_checkpoint(make_model("v3-like"), tmp_path)
+    config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="moe_intermediate_size that is a multiple of 128, not 56"):
+        load_stack(config, checkpoint, 1, [0], "cpu", shared=False, fp8=True)
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "model.layers.1.mlp.experts.5.up_proj.weight",
+        "model.layers.1.mlp.experts.5.up_proj.weight_scale_inv",
+        "model.layers.1.mlp.shared_experts.down_proj.weight",
+        "model.layers.1.self_attn.kv_b_proj.weight_scale_inv",
+        "model.layers.2.self_attn.q_a_layernorm.weight",
+    ],
+)
+def test_what_is_missing_is_named(tmp_path: Path, missing: str) -> None:
+    write_fp8("v3-like", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[missing]
+    save_file(tensors, tmp_path / "model.safetensors")
+    config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
+    sentence = f"tensor {missing} is missing".replace(".", r"\.")
+    if ".experts." in missing or "shared" in missing:
+        with pytest.raises(ConfigError, match=sentence):
+            load_stack(config, checkpoint, 1, range(config.experts), "cpu", shared=True, fp8=True)
+    if ".experts." in missing:
+        with pytest.raises(ConfigError, match=sentence):
+            ExpertStore(config, checkpoint).check()
+    else:
+        for layout in Layout:
+            with pytest.raises(ConfigError, match=sentence):
+                load_weights(config, checkpoint, layout=layout)
+
+
+def test_somebody_else_s_shared_experts_are_not_read(tmp_path: Path) -> None:
+    write_checkpoint(make_model("v3-like"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "shared" not in n}, tmp_path / "model.safetensors")
+    config = ModelConfig.load(tmp_path)
+    weights = load_weights(config, Checkpoint(tmp_path), shared=False)
+    assert [layer.mlp is None for layer in weights.layers] == [False, True, True]
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_progress_rises_to_the_whole(tmp_path: Path, layout: Layout) -> None:
+    write_fp8("v3-like", tmp_path)
+    config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
+    told: list[tuple[int, int]] = []
+    load_weights(config, checkpoint, layout=layout, progress=lambda *seen: told.append(seen))
+    assert len(told) > 10 and told == sorted(told) and told[-1][0] == told[-1][1]
+    told.clear()
+    load_stack(config, checkpoint, 1, range(12), "cpu", shared=True, fp8=True, progress=lambda *seen: told.append(seen))
+    assert len(told) > 10 and told == sorted(told) and told[-1][0] == told[-1][1]
+
+
+# ---- chance
+
+
+@pytest.fixture(params=[False, True], ids=["bf16", "fp8"])
+def random_folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Nothing but config.json."""
+    write_fp8("v3-like", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    if not request.param:
+        change_config(tmp_path, quantization_config=None)
+    return tmp_path
+
+
+def test_chance_is_the_same_for_every_actor(random_folder: Path) -> None:
+    config = ModelConfig.load(random_folder, "random")
+    worker, shard = (open_source(random_folder, config, "random") for _ in range(2))
+    cpu, gpu = (numbers(config, weights) for weights in both_layouts(config, worker))
+    assert_same(gpu, {name: cpu[name] if gpu[name].equal(cpu[name]) else v for name, v in rounded(cpu).items()})
+    stack = load_stack(config, shard, 1, range(12), "cpu", shared=True, fp8=config.fp8)
+    want = stored(config, worker, 1)
+    assert plain(expert_of(stack.gate_up, 5)).equal(want.gate_up[5])
+    gate, up = cpu["1.gate_up"].chunk(2, 1)
+    assert plain(expert_of(stack.gate_up, 13)).equal(torch.cat((gate.chunk(2, 1)[1], up.chunk(2, 1)[1]), 1))
+    assert plain(expert_of(stack.down, 13)).equal(cpu["1.down"].chunk(2)[1])
+
+
+def test_chance_draws_what_it_says(random_folder: Path) -> None:
+    config = ModelConfig.load(random_folder, "random")
+    source = open_source(random_folder, config, "random")
+    drawn = numbers(config, load_weights(config, source))
+    for name, value in drawn.items():
+        if "norm" in name:
+            assert value.eq(1).all(), name
+        elif "bias" in name:
+            assert value.eq(0).all(), name
+        else:
+            assert value.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert abs(value.mean().item()) < 0.002, name
+    assert not drawn["0.o"].equal(drawn["1.o"])
+    assert source.tensor("model.layers.1.mlp.gate.weight", (4, 200)).bfloat16().float().std() > 0
+
+
+def test_random_weights_have_a_fingerprint_of_their_own(tmp_path: Path) -> None:
+    write_checkpoint(make_model("v3-like"), tmp_path)
+    read, drawn = ModelConfig.load(tmp_path), ModelConfig.load(tmp_path, "random")
+    assert read.fingerprint != drawn.fingerprint and replace(read, fingerprint=drawn.fingerprint) == drawn
+    (tmp_path / "model.safetensors").unlink()
+    assert ModelConfig.load(tmp_path, "random") == drawn
+    assert ModelConfig.load(tmp_path).fingerprint != drawn.fingerprint
+    assert isinstance(open_source(tmp_path, drawn, "random"), RandomWeights)
+    with pytest.raises(ConfigError, match=r"holds no \.safetensors file"):
+        open_source(tmp_path, read, "checkpoint")
+
+
+# ---- files into memory
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_many_readers_put_every_byte_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(common.transfer, "CHUNK", 4096)
+    kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
+    values = {str(i): torch.randn(37 + 911 * i).to(kinds[i % 5]) for i in range(20)} | {"none": torch.empty(0)}
+    save_file(values, tmp_path / "model.safetensors")
+    checkpoint, told = Checkpoint(tmp_path), []
+    transfers, outs = [], {}
+    for i, (name, value) in enumerate(values.items()):
+        dtype = torch.bfloat16 if i % 2 and value.dtype is not torch.float8_e4m3fn else value.dtype
+        outs[name] = torch.empty(value.shape, dtype=dtype)
+        entry, stored_as = checkpoint._checked(name, value.shape)
+        transfers.append(Transfer(entry.path, entry.start, stored_as, outs[name]))
+    transfer(transfers, told.append, threads=threads)
+    for name, out in outs.items():
+        assert torch.equal(out.float(), values[name].to(out.dtype).float()), name
+    assert sum(told) == sum(value.nbytes for value in values.values()) and max(told) <= 4096
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_file_that_ends_early_stops_all_readers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    monkeypatch.setattr(common.transfer, "CHUNK", 4096)
+    save_file({"a": torch.zeros(1 << 20)}, tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:50_000])
+    told: list[int] = []
+    with pytest.raises(ConfigError, match=r"model\.safetensors ends too early"):
+        transfer([Transfer(path, 0, torch.float32, torch.empty(1 << 20))], told.append, threads=threads)
+    assert sum(told) < 1 << 18
+    gone = Transfer(tmp_path / "gone", 0, torch.float32, torch.empty(1))
+    with pytest.raises(ConfigError, match="gone cannot be read: No such file"):
+        transfer([gone], told.append)
+
+
+def test_eight_bits_without_scales_are_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(130, 3).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="tensor w_scale_inv is missing"):
+        checkpoint.tensor("w")
+    save_file(
+        {"w": torch.ones(130, 3).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(1, 1)},
+        tmp_path / "model.safetensors",
+    )
+    for out in (torch.empty(130, 3), empty((130, 3), torch.float32, "cpu", fp8=True)):
+        with pytest.raises(ConfigError, match=r"w_scale_inv has shape \[1, 1\], expected \[2, 1\]"):
+            Checkpoint(tmp_path).fill([Read("w", out)])
