@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.errors import Unavailable
+from common.messages import ExpertMap
 
 Compute = Callable[[int, Tensor, Tensor, Tensor, Tensor], object]
 """(layer, x [T, hidden] f32, ids [T, topk], weights [T, topk] f32, out [T, hidden] f32): fill `out` with the weighted
@@ -42,6 +43,22 @@ class ExpertLink(Protocol):
     def combine(self, out: Tensor) -> None:
         """Wait, and add the partial sums to `out` [T, hidden] float32, shards sorted by id. Raises PeerLost."""
         ...
+
+
+class NoLinks:
+    """In the place of a worker's links to shards where it needs none: its experts are in its own process."""
+
+    reason = ""
+
+    def __init__(self) -> None:
+        self.version = 0  # of the newest expert map, which is acknowledged unread
+        self.on_change: Callable[[], None] = lambda: None
+
+    async def set_map(self, new_map: ExpertMap) -> None:
+        self.version = new_map.version
+
+    async def close(self) -> None:
+        pass
 
 
 class LocalLink:

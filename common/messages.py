@@ -118,6 +118,7 @@ class WorkerBeat(Message):
     pending_tokens: int = 0  # prompt tokens admitted and not yet computed
     pages_used: int = 0
     pages_total: int = 0
+    own_experts: bool = False  # it needs no shard
 
 
 class ShardBeat(Message):

@@ -63,6 +63,10 @@ class Settings:
     kv_pages: int = setting(0, "KV pages of 64 tokens; 0: a sixteenth of the memory, at most 4096", low=0, unit="pages")
     max_batch: int = setting(64, "requests that run at a time on a worker", low=1, high=1024, unit="requests")
     chunk_tokens: int = setting(256, "prompt tokens computed in one step", low=1, high=65536, unit="tokens")
+    kv_cache: Literal["bf16", "fp8"] = setting("bf16", "how a GPU keeps the KV cache; fp8: half the bytes")
+    gpu_memory: float = setting(
+        0.92, "share of a GPU's memory that a worker takes; the KV cache gets what is left of it", low=0.05, high=1.0
+    )
     queue_limit: int = setting(256, "requests a worker holds beside the running ones", low=0, unit="requests")
     prefix_cache: bool = setting(True, "reuse the KV pages of equal prefixes")
     pin: bool = setting(False, "bind each worker and shard to processor cores of its own")

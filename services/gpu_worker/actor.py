@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 from common.actor import Actor
 from common.bus import Subscription
-from common.checkpoint import Checkpoint
 from common.cores import pin_actor
 from common.errors import (
     BusUnavailable,
@@ -20,6 +19,7 @@ from common.errors import (
     NotFound,
     Overloaded,
 )
+from common.link import NoLinks
 from common.messages import (
     Abort,
     ExpertMap,
@@ -40,6 +40,7 @@ from common.messages import (
 )
 from common.model_config import ModelConfig
 from common.pages import PAGE
+from common.source import open_source
 from services.gpu_worker.admission import Bounds
 from services.gpu_worker.engine import Engine, Stats, StepOutput
 from services.gpu_worker.grammar import Grammars
@@ -59,12 +60,15 @@ ADMISSIONS = 16  # at a time: one whose grammar is being compiled does not hold 
 
 class Worker(Actor):
     kind = "worker"
+    own_experts = False
     engine: Engine
+    links: ExpertLinks | NoLinks
 
     async def start(self) -> None:
         settings = self.settings
         pin_actor(self.kind, settings)
-        self.config = await asyncio.to_thread(ModelConfig.load, settings.model)
+        self.config = await asyncio.to_thread(ModelConfig.load, settings.model, settings.weights)
+        self.loading = "the worker is loading the model"
         self.streams = Streams(self.clock)
         self.metered = WorkerMetrics(self.metrics)
         self._stats = Stats(0, 0, 0, 0)
@@ -75,17 +79,7 @@ class Worker(Actor):
         self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
         self._map_wanted = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self.links = ExpertLinks(
-            self.bus,
-            self.config,
-            worker_id=self.id,
-            boot_id=self.boot_id,
-            node=self.node,
-            mode=settings.link,
-            decode_rows=settings.max_batch,
-            prefill_rows=settings.max_batch + settings.chunk_tokens,
-            loop=self._loop,
-        )
+        self.links = self._open_links()
         self.links.on_change = self.beat_now
         self.grammars = await asyncio.to_thread(Grammars, settings.model, self.config)
         self.engine = await asyncio.to_thread(self._make_engine)
@@ -115,7 +109,7 @@ class Worker(Actor):
         if self.state == "starting":
             return WorkerBeat(
                 id=self.id, boot_id=self.boot_id, node=self.node, model="", state=self.state, map_version=0,
-                reason="the worker is loading the model",
+                reason=self.loading, own_experts=self.own_experts,
             )  # fmt: skip
         return WorkerBeat(
             id=self.id,
@@ -131,6 +125,7 @@ class Worker(Actor):
             pending_tokens=self._stats.pending_tokens + self._admitted_tokens,
             pages_used=self._stats.pages_used,
             pages_total=self.engine.planner.allocator.total,
+            own_experts=self.own_experts,
         )
 
     async def drain(self) -> None:
@@ -153,12 +148,28 @@ class Worker(Actor):
     def _subject(self, verb: str) -> str:
         return subject(self.kind, self.id, verb)
 
+    def _open_links(self) -> ExpertLinks | NoLinks:
+        settings = self.settings
+        return ExpertLinks(
+            self.bus,
+            self.config,
+            worker_id=self.id,
+            boot_id=self.boot_id,
+            node=self.node,
+            mode=settings.link,
+            decode_rows=settings.max_batch,
+            prefill_rows=settings.max_batch + settings.chunk_tokens,
+            loop=self._loop,
+        )
+
     def _make_engine(self) -> Engine:
         import torch
 
         settings = self.settings
         torch.set_num_threads(settings.threads)
-        model = Model(self.config, load_weights(self.config, Checkpoint(settings.model)), self.links)
+        source = open_source(settings.model, self.config, settings.weights)
+        assert isinstance(self.links, ExpertLinks)
+        model = Model(self.config, load_weights(self.config, source), self.links)
         planner = Planner(
             PageAllocator(settings.kv_pages or default_pages(self.config)),
             self.config.fingerprint,

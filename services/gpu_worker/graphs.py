@@ -122,7 +122,8 @@ class GpuRunner:
         self._results = [torch.zeros(2 * max_batch, dtype=torch.int64, pin_memory=True) for _ in range(IN_FLIGHT)]
         self._row_of: dict[Sequence, int] = {}  # whose last token the step before samples: where in `_sampled`
         self._turn = 0
-        self._works: dict[tuple[int, int], Work] = {}
+        self._works: dict[tuple[int, int], Work] = {}  # of prefills
+        self.works: dict[int, Work] = {}  # of the decode graphs
         self.graphs: dict[int, DecodeGraph] = {}
         self._pool: Any = None
 
@@ -220,6 +221,7 @@ class GpuRunner:
 
     def _capture(self, rows: int) -> DecodeGraph:
         given, work = self._inputs.on_device, self._model.new_work(rows, decodes=rows, fp8_cache=self._fp8_cache)
+        self.works[rows] = work
         batch = Batch(
             tokens=given["tokens"][:rows],
             positions=given["positions"][:rows],

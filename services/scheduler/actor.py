@@ -53,7 +53,7 @@ class Scheduler(Actor):
     keeper: MapKeeper
 
     async def start(self) -> None:
-        config = await asyncio.to_thread(ModelConfig.load, self.settings.model)
+        config = await asyncio.to_thread(ModelConfig.load, self.settings.model, self.settings.weights)
         self.model = config.fingerprint
         self.workers: Members[WorkerBeat] = Members()
         self.shards: Members[ShardBeat] = Members()
@@ -101,8 +101,14 @@ class Scheduler(Actor):
 
     def reason(self) -> str:
         """Why the cluster cannot serve, in one sentence; empty when it can."""
-        reasons = (self.keeper.reason(self.shards), why_none_serves(self.workers))
+        reasons = (self._why_no_experts(), why_none_serves(self.workers))
         return "; ".join(reason for reason in reasons if reason)
+
+    def _why_no_experts(self) -> str:
+        """Why no worker reaches all experts; those that have them in their own process need no shards."""
+        if any(worker.own_experts for worker in self.workers):
+            return ""
+        return self.keeper.reason(self.shards)
 
     @property
     def _map_version(self) -> int:
@@ -124,7 +130,7 @@ class Scheduler(Actor):
     def _assign(self, message: Assign) -> Assigned:
         if self.state == "draining":
             raise Draining("the scheduler is leaving")
-        if reason := self.keeper.reason(self.shards):
+        if reason := self._why_no_experts():
             raise ExpertsUnavailable(reason)
         return self.placement.pick(message, list(self.workers))
 

@@ -1,0 +1,100 @@
+"""The parts of a worker on a GPU put together, and how large its KV cache may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import structlog
+import torch
+from structlog.typing import FilteringBoundLogger
+
+from common.model_config import ModelConfig
+from common.pages import PAGE
+from services.gpu_worker.batch import Batch, Chunk
+from services.gpu_worker.engine import Engine, StepOutput
+from services.gpu_worker.graphs import GpuRunner, buckets
+from services.gpu_worker.model import Model, Stack
+from services.gpu_worker.pages import PageAllocator
+from services.gpu_worker.planner import Planner
+from services.gpu_worker.sampler import Sampler
+from services.gpu_worker.weights import Weights
+
+GRAPHS = 256 << 20  # bytes that a captured bucket's scratch may take, beside what the largest one shares with it
+
+
+def make_engine(
+    config: ModelConfig,
+    weights: Weights,
+    stacks: Mapping[int, Stack],
+    emit: Callable[[StepOutput], None],
+    *,
+    max_batch: int,
+    max_context: int,
+    chunk_tokens: int,
+    prefix_cache: bool,
+    pages: int = 0,
+    fp8_cache: bool = False,
+    memory: float = 0.92,
+    log: FilteringBoundLogger | None = None,
+) -> Engine:
+    """With the routed experts, and the shared ones after them, in this process. `pages`: of the KV cache; 0: what is
+    left of `memory`, the share of the GPU that this process may take."""
+    log = log or structlog.get_logger()
+    torch.set_grad_enabled(False)
+    model = Model(config, weights, stacks=stacks)
+    sampler = Sampler(config, max_batch=max_batch, threads=1, device="cuda")
+    if not pages:
+        pages = cache_pages(model, max_batch, chunk_tokens, max_context, fp8_cache, memory)
+    log.info("KV cache", pages=pages, tokens=pages * PAGE)
+    cache = model.new_cache(pages, fp8_cache)
+    runner = GpuRunner(model, cache, sampler, max_batch=max_batch, max_context=max_context, fp8_cache=fp8_cache)
+    runner.capture()
+    log.info("decode graphs", buckets=sorted(runner.graphs))
+    planner = Planner(
+        PageAllocator(pages), config.fingerprint, max_batch=max_batch, chunk_tokens=chunk_tokens,
+        prefix_cache=prefix_cache,
+    )  # fmt: skip
+    return Engine(config, runner, planner, sampler, emit, log)
+
+
+def cache_pages(
+    model: Model, max_batch: int, chunk_tokens: int, max_context: int, fp8_cache: bool, memory: float
+) -> int:
+    """What remains after the largest prefill, measured, and an allowance for the graphs."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    largest_prefill(model, chunk_tokens, max_context, fp8_cache)
+    needed = torch.cuda.max_memory_allocated() - before + len(buckets(max_batch)) * GRAPHS // 8 + GRAPHS
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    room = int(free - (1 - memory) * total - needed)
+    c = model.config
+    page = c.layers * PAGE * (c.latent * model.dtype.itemsize)
+    if fp8_cache:
+        from kernels.latent_cache import page_bytes
+
+        page = c.layers * page_bytes(c.kv_lora, c.rope)
+    most = max_batch * -(-max_context // PAGE)
+    return max(16, min(room // page, most))
+
+
+def largest_prefill(model: Model, rows: int, context: int, fp8_cache: bool) -> None:
+    """A pass of so many rows that ends a prompt of `context` tokens: it compiles the kernels and takes the most memory
+    that a step may take."""
+    context = max(rows, context)
+    cache = model.new_cache(1, fp8_cache)
+    batch = Batch(
+        tokens=torch.zeros(rows, dtype=torch.int64, device="cuda"),
+        positions=torch.arange(context - rows, context, device="cuda"),
+        write=torch.full((rows,), -1, device="cuda"),
+        n_decode=0,
+        block_table=torch.zeros(0, 0, dtype=torch.int32, device="cuda"),
+        context=torch.zeros(0, dtype=torch.int32, device="cuda"),
+        prefill=(Chunk(0, rows, context, torch.zeros(-(-context // PAGE), dtype=torch.int64)),),
+        logit_rows=torch.zeros(1, dtype=torch.int64, device="cuda"),
+    )
+    work = model.new_work(rows, context=1 << max(context - 1, 1).bit_length())
+    model.logits(model.hidden(batch, cache, work), batch.logit_rows)
+    torch.cuda.synchronize()

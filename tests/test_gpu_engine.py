@@ -1,0 +1,195 @@
+"""The engine on a GPU: graphs, overlapping steps, and what a late stop makes of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.messages import Generate, Sampling, TokenChunk
+from common.model_config import ModelConfig
+from common.source import open_source
+from services.expert_shard.stacks import load_stack
+from services.gpu_worker.engine import Engine, StepOutput
+from services.gpu_worker.weights import load_weights
+from tests.tiny_models import make_model, write_checkpoint
+
+pytestmark = pytest.mark.gpu
+
+TINY = Path(__file__).parent.parent / "models" / "tiny"
+LIMIT = 2e-2
+SHAPES: dict[str, dict[str, Any]] = {
+    "v2-lite-like": dict(n_routed_experts=16, num_experts_per_tok=4),
+    "v3-like": dict(n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, q_lora_rank=128),
+}
+WIDTHS: dict[str, Any] = dict(
+    vocab_size=640, hidden_size=512, intermediate_size=1024, moe_intermediate_size=256, kv_lora_rank=128,
+    qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, num_attention_heads=8, num_key_value_heads=8,
+    initializer_range=0.05,
+)  # fmt: skip
+
+
+class Served:
+    """An engine with all experts in this process, and what it told."""
+
+    def __init__(self, folder: Path, *, overlaps: bool = True, experts_fp8: bool = False, **settings: Any) -> None:
+        from services.gpu_worker.gpu_engine import make_engine
+
+        config = ModelConfig.load(folder)
+        source = open_source(folder, config, "checkpoint")
+        stacks = {
+            layer: load_stack(config, source, layer, range(config.experts), "cuda", shared=True, fp8=experts_fp8)
+            for layer in config.moe_layers
+        }
+        weights = load_weights(config, source, "cuda", shared=False)
+        kind = dict(max_batch=8, max_context=640, chunk_tokens=256, prefix_cache=True, pages=128) | settings
+        self.chunks: dict[str, list[TokenChunk]] = defaultdict(list)
+        self._changed = threading.Condition()
+        self.engine: Engine = make_engine(config, weights, stacks, self._emit, **kind)
+        self.engine._runner.overlaps = overlaps
+        self.engine.start()
+
+    def _emit(self, output: StepOutput) -> None:
+        with self._changed:
+            for chunks in output.chunks.values():
+                for chunk in chunks:
+                    self.chunks[chunk.request_id].append(chunk)
+            self._changed.notify_all()
+
+    def run(self, *requests: Generate) -> list[list[int]]:
+        """Each one's tokens."""
+        for request in requests:
+            self.engine.submit(request)
+        ids = [r.request_id for r in requests]
+        with self._changed:
+            ended = self._changed.wait_for(lambda: all(self.finish(i) or self.engine.crashed for i in ids), 120)
+        assert ended and not self.engine.crashed, self.engine.crashed
+        return [[token for chunk in self.chunks[i] for token in chunk.tokens] for i in ids]
+
+    def finish(self, request_id: str) -> str | None:
+        chunks = self.chunks[request_id]
+        return chunks[-1].finish if chunks else None
+
+
+def ask(name: str, prompt: Sequence[int], **sampling: Any) -> Generate:
+    return Generate(request_id=name, gateway_id="g", prompt=tuple(prompt), sampling=Sampling(**sampling))
+
+
+def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(3)
+    return [torch.randint(3, vocab, (length + 7 * i,), generator=draw).tolist() for i in range(count)]
+
+
+@pytest.fixture(params=sorted(SHAPES))
+def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    torch.manual_seed(5)
+    theirs = make_model(request.param, **WIDTHS | SHAPES[request.param]).to(torch.bfloat16)
+    return write_checkpoint(theirs, tmp_path / "model"), theirs.float().cuda().eval()
+
+
+def reference(theirs: torch.nn.Module, tokens: list[int]) -> Tensor:
+    """Logprobs of each token but the first, given those before it."""
+    with torch.no_grad():
+        logits = theirs(torch.tensor([tokens], device="cuda")).logits[0].float()
+    return logits.log_softmax(-1)
+
+
+def test_prefill_and_decode_agree_with_transformers(checkpoint: tuple[Path, torch.nn.Module]) -> None:
+    """Teacher-forced by prompt_logprobs for the prefill, by the sampled tokens' own logprobs for the decodes."""
+    folder, theirs = checkpoint
+    served = Served(folder, chunk_tokens=128)
+    given = prompts(5, 150, 640)
+    found = served.run(
+        *(ask(f"r{i}", p, max_tokens=24, temperature=1.0, seed=i, logprobs=3, prompt_logprobs=0, ignore_eos=True)
+          for i, p in enumerate(given))
+    )  # fmt: skip
+    served.engine.stop()
+    ours, want = [], []
+    for i, (prompt, tokens) in enumerate(zip(given, found, strict=True)):
+        assert len(tokens) == 24
+        theirs_logs = reference(theirs, prompt + tokens)
+        first = served.chunks[f"r{i}"][0]
+        assert first.prompt_logprobs is not None
+        for at, scored in enumerate(first.prompt_logprobs[1:], 1):
+            assert scored is not None
+            ours.append(scored.logprob)
+            want.append(theirs_logs[at - 1, prompt[at]])
+        for at, chunk in enumerate(served.chunks[f"r{i}"]):
+            assert chunk.logprobs is not None
+            ours.append(chunk.logprobs[0].logprob)
+            want.append(theirs_logs[len(prompt) + at - 1, tokens[at]])
+    got, expected = torch.tensor(ours), torch.stack(want).cpu()
+    assert float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt()) < LIMIT
+
+
+def test_overlapping_changes_no_token() -> None:
+    """Exact class: the same tokens whether or not a step is launched before the one before it has been seen."""
+    given, runs = prompts(6, 90, 2000), []
+    for overlaps in (True, False):
+        served = Served(TINY, overlaps=overlaps)
+        runs.append(served.run(*(ask(f"r{i}", p, max_tokens=40, temperature=0.8, seed=i, ignore_eos=True)
+                                 for i, p in enumerate(given))))  # fmt: skip
+        served.engine.stop()
+    assert runs[0] == runs[1]
+    assert all(len(tokens) == 40 for tokens in runs[0])
+
+
+def test_a_stop_found_late_ends_the_text_and_the_pages_come_back() -> None:
+    served = Served(TINY)
+    (prompt,) = prompts(1, 70, 2000)
+    (free,) = served.run(ask("free", prompt, max_tokens=30, temperature=1.0, seed=9, ignore_eos=True))
+    stop = next(t for i, t in enumerate(free) if i >= 3 and t not in free[:i])
+    (stopped,) = served.run(ask("s", prompt, max_tokens=30, temperature=1.0, seed=9, ignore_eos=True,
+                                stop_token_ids=(stop,)))  # fmt: skip
+    assert stopped == free[: free.index(stop) + 1]
+    assert served.finish("s") == "stop" and served.chunks["s"][-1].stop_token == stop
+    assert [c.index for c in served.chunks["s"]] == list(range(len(stopped)))
+    served.run(ask("after", prompt[:40], max_tokens=2, ignore_eos=True))  # a step later everything has been taken in
+    served.engine.stop()
+    served.engine.planner.check()
+    assert served.engine.planner.allocator.owned == 0
+
+
+def test_preempted_ones_finish() -> None:
+    """Twelve pages for six requests that come to need three each."""
+    served = Served(TINY, pages=12, prefix_cache=False)
+    given = prompts(6, 60, 2000)
+    found = served.run(*(ask(f"r{i}", p, max_tokens=64, temperature=0.0, ignore_eos=True)
+                         for i, p in enumerate(given)))  # fmt: skip
+    served.engine.stop()
+    assert [len(tokens) for tokens in found] == [64] * 6
+    assert served.engine.planner.allocator.owned == 0
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        dict(temperature=0.0),
+        dict(temperature=1.0, top_p=0.8, seed=1),
+        dict(temperature=1.0, top_k=20, seed=2),
+        dict(temperature=1.0, min_p=0.05, seed=3),
+        dict(temperature=1.0, seed=4, frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.1),
+        dict(temperature=1.0, seed=5, logit_bias=((17, 100.0),)),
+        dict(temperature=1.0, seed=6, min_tokens=10, logprobs=5),
+    ],
+)
+def test_a_row_does_not_depend_on_overlap_or_neighbours_sampling(sampling: dict[str, Any]) -> None:
+    """One request of each kind beside plain ones: the plain ones keep their tokens, and so does it without overlap."""
+    plain = [ask(f"p{i}", p, max_tokens=20, temperature=1.0, seed=i, ignore_eos=True)
+             for i, p in enumerate(prompts(3, 50, 2000))]  # fmt: skip
+    special = ask("s", list(range(5, 69)), max_tokens=20, ignore_eos="min_tokens" not in sampling, **sampling)
+    runs = []
+    for overlaps in (True, False):
+        served = Served(TINY, overlaps=overlaps)
+        runs.append(served.run(*plain, special))
+        served.engine.stop()
+    assert runs[0] == runs[1]
+    if "logit_bias" in sampling:
+        assert set(runs[0][-1]) == {17}
+
