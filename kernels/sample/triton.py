@@ -83,7 +83,7 @@ def sample(
         return
     tile = tile or measured_tile(Path(__file__).parent, shape_name(logits), 0) or tile_rule()
     blocks, groups = triton.cdiv(vocab, tile["BLOCK"]), triton.cdiv(vocab, GROUP)
-    bans = None if banned is None or not len(banned[0]) else (*banned, len(banned[0]))
+    bans = None if banned is None or not len(banned[0]) else (*banned, len(banned[0]) + 1)
     most_bans = triton.next_power_of_2(len(banned[0])) if banned is not None and bans else 1
     inputs = (
         logits, logits.stride(0), vocab,

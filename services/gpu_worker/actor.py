@@ -61,6 +61,7 @@ ADMISSIONS = 16  # at a time: one whose grammar is being compiled does not hold 
 class Worker(Actor):
     kind = "worker"
     own_experts = False
+    loading = "the worker is loading the model"
     engine: Engine
     links: ExpertLinks | NoLinks
 
@@ -68,7 +69,6 @@ class Worker(Actor):
         settings = self.settings
         pin_actor(self.kind, settings)
         self.config = await asyncio.to_thread(ModelConfig.load, settings.model, settings.weights)
-        self.loading = "the worker is loading the model"
         self.streams = Streams(self.clock)
         self.metered = WorkerMetrics(self.metrics)
         self._stats = Stats(0, 0, 0, 0)
