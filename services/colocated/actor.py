@@ -48,6 +48,7 @@ class ColocatedWorker(Worker):
             pages=settings.kv_pages,
             fp8_cache=settings.kv_cache == "fp8",
             memory=settings.gpu_memory,
+            itl=settings.itl_ms / 1e3,
             log=self.log,
         )
 

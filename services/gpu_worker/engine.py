@@ -177,8 +177,9 @@ class Engine:
         return Step(plan, launched)
 
     def _finish(self, step: Step) -> dict[str, list[TokenChunk]]:
-        computed = self._runner.finish(step.launched)
-        self.planner.publish(step.plan)
+        computed, planner = self._runner.finish(step.launched), self.planner
+        planner.pace.learn(len(step.plan.decodes), sum(c.rows for c in step.plan.prefills), computed.seconds)
+        planner.publish(step.plan)
         return self._take_in(step.plan, computed)
 
     def _take_in(self, plan: Plan, computed: Computed) -> dict[str, list[TokenChunk]]:

@@ -104,6 +104,7 @@ class UnderWay:
     tokens: Tensor  # int64, pinned
     logs: list[tuple[tuple[int, ...], tuple[Sequence, ...], Logprobs]]  # (places in samples, they, what they asked for)
     scored: list[Scored]
+    began: torch.cuda.Event
     done: torch.cuda.Event
 
 
@@ -137,6 +138,8 @@ class GpuRunner:
 
     def launch(self, plan: Plan) -> UnderWay:
         self._turn = (self._turn + 1) % IN_FLIGHT
+        began = torch.cuda.Event(enable_timing=True)
+        began.record()
         sampled, row_of = plan.sampled, dict[Sequence, int]()
         place = {id(sequence): i for i, sequence in enumerate(sampled)}
         logs: list[tuple[tuple[int, ...], tuple[Sequence, ...], Logprobs]] = []
@@ -157,9 +160,9 @@ class GpuRunner:
         rows = [row_of[sequence] for sequence in sampled]
         host = self._results[self._turn]
         host.copy_(self._sampled, non_blocking=True)
-        done = torch.cuda.Event(blocking=True)
+        done = torch.cuda.Event(blocking=True, enable_timing=True)
         done.record()
-        return UnderWay(sampled, rows, host, logs, scored, done)
+        return UnderWay(sampled, rows, host, logs, scored, began, done)
 
     def finish(self, launched: UnderWay) -> Computed:
         launched.done.synchronize()
@@ -168,7 +171,8 @@ class GpuRunner:
         for places, sequences, logs in launched.logs:
             told = Sampled.of(sequences, [], logs).logprobs
             logprobs |= {places[row]: found for row, found in told.items() if places[row] >= 0}
-        return Computed(Sampled([tokens[row] for row in launched.rows], logprobs), launched.scored)
+        seconds = launched.began.elapsed_time(launched.done) / 1e3
+        return Computed(Sampled([tokens[row] for row in launched.rows], logprobs), launched.scored, seconds)
 
     @staticmethod
     def _keep(logs: list, place: dict[int, int], sequences: tuple[Sequence, ...], found: Logprobs | None) -> None:
