@@ -4,9 +4,8 @@ python -m benchmarks.engine --shape v2-lite --points 1024x4,1024x16,1024x64,8192
 python -m benchmarks.engine --shape r1 --layers 11 --output 192
 
 TPOT = (time of a run - time of the same run with one output token) / (output - 1), the whole batch submitted at once.
-`step` is the replay of the captured graphs alone, at the context that the run ended with: TPOT above it is idle GPU.
 The floor counts the bytes that a step must read: all weights but the routed experts' that no token chose (counted in
-the last layer), and the cache.
+the last layer, in every step), and the cache at the starting context.
 """
 
 from __future__ import annotations
@@ -15,12 +14,15 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -34,7 +36,9 @@ from kernels.quant import Fp8Blocks
 from services.expert_shard.stacks import ExpertStack, load_stack
 from services.gpu_worker.engine import Engine, StepOutput
 from services.gpu_worker.gpu_engine import make_engine
-from services.gpu_worker.graphs import GpuRunner
+from services.gpu_worker.graphs import GpuRunner, UnderWay
+from services.gpu_worker.planner import Plan
+from services.gpu_worker.runner import Computed
 from services.gpu_worker.weights import Weights, load_weights
 
 
@@ -52,11 +56,55 @@ class Run:
     ended: float = 0.0
 
 
+MOST_STEPS = 4096  # whose routing is kept
+
+
+class Watch:
+    """What the runner does in a run: how long its steps take on the GPU, and which experts the last layer chose."""
+
+    def __init__(self, runner: GpuRunner, topk: int) -> None:
+        self._runner, self._launch, self._finish = runner, runner.launch, runner.finish
+        self._topk, self.busy = topk, 0.0
+        rows = max(runner.graphs)
+        columns = next(iter(runner.works.values())).ids.shape[1]
+        self._ids = torch.zeros(MOST_STEPS, rows, columns, dtype=torch.int32, device="cuda")
+        self._decodes: list[int] = []
+        runner.launch, runner.finish = self.launch, self.finish  # type: ignore[method-assign]
+
+    def reset(self) -> None:
+        self.busy, self._decodes = 0.0, []
+
+    def launch(self, plan: Plan) -> UnderWay:
+        launched = self._launch(plan)
+        if plan.decodes and len(self._decodes) < MOST_STEPS:
+            count = len(plan.decodes)
+            bucket = self._runner.bucket(count)
+            self._ids[len(self._decodes), :count] = self._runner.works[bucket].ids[:count]
+            self._decodes.append(count)
+        return launched
+
+    def finish(self, launched: UnderWay) -> Computed:
+        computed = self._finish(launched)
+        self.busy += computed.seconds
+        return computed
+
+    def touched(self, decodes: int) -> float:
+        """Experts that a step of so many decodes touched, on average."""
+        steps = [i for i, count in enumerate(self._decodes) if count == decodes]
+        ids = self._ids[:, :, : self._topk].cpu()
+        return statistics.mean(int(ids[i, :decodes].unique().numel()) for i in steps)
+
+
 class Bench:
-    def __init__(self, config: ModelConfig, weights: Weights, stacks: dict[int, ExpertStack], **settings) -> None:
+    """The engine, and requests to it."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, stacks: dict[int, ExpertStack], **settings: Any) -> None:
         self.config, self.weights, self.stacks = config, weights, stacks
         self._run = Run(set())
         self.engine: Engine = make_engine(config, weights, stacks, self._emit, prefix_cache=False, **settings)
+        assert isinstance(self.engine.runner, GpuRunner)
+        self.runner = self.engine.runner
+        self.watch = Watch(self.runner, config.topk)
         self.engine.start()
 
     def _emit(self, output: StepOutput) -> None:
@@ -82,6 +130,7 @@ class Bench:
             )
             for i in range(concurrency)
         ]
+        self.watch.reset()
         run = self._run = Run({r.request_id for r in requests})
         started = time.perf_counter()
         for request in requests:
@@ -93,31 +142,24 @@ class Bench:
         assert run.tokens == concurrency * outputs, (run.tokens, concurrency * outputs)
         return run.ended - started
 
-    def replay_ms(self, concurrency: int) -> float:
-        """A step's graphs one after another, on what the last run left."""
-        runner = self.engine._runner
-        assert isinstance(runner, GpuRunner)
-        graph = runner.graphs[min(rows for rows in runner.graphs if rows >= concurrency)]
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        found = []
-        for _ in range(5):
-            torch.cuda.synchronize()
-            start.record()
-            for _ in range(10):
+    def profile(self, concurrency: int) -> list[tuple[str, float, float]]:
+        """(kernel, launches a step, us a step) of a decode step's graphs, the longest first."""
+        replays, graph = 5, self.runner.graphs[self.runner.bucket(concurrency)]
+
+        def steps() -> None:
+            for _ in range(replays):
                 graph.forward.replay()
                 graph.random.replay()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 10)
-        return statistics.median(found)
 
-    def floor_bytes(self, concurrency: int, context: int) -> tuple[float, int]:
-        """(bytes a step must read, experts touched in the last layer)"""
-        c, runner = self.config, self.engine._runner
-        assert isinstance(runner, GpuRunner)
-        bucket = min(rows for rows in runner.graphs if rows >= concurrency)
-        ids = runner.works[bucket].ids[:concurrency, : c.topk]
-        touched = int(ids.unique().numel())
+        return [(name, count / replays, us / replays) for name, count, us in kernels_of(steps)]
+
+    def profile_prefill(self, inputs: int, concurrency: int) -> list[tuple[str, float, float]]:
+        """The same of all prompts together."""
+        return kernels_of(lambda: self.seconds(inputs, concurrency, 1, 1.0))
+
+    def floor_bytes(self, concurrency: int, context: int, touched: float) -> float:
+        """What a step must read where its layers touch so many routed experts."""
+        c = self.config
         fixed = 0.0
         for layer in self.weights.layers:
             parts = [layer.qkv.a, layer.qkv.b, layer.o, layer.w_uk, layer.w_uv, layer.w_gate]
@@ -128,8 +170,46 @@ class Bench:
         stack = next(iter(self.stacks.values()))
         expert = sum(w.data[0].numel() * w.data.itemsize for w in (stack.gate_up, stack.down))
         experts = len(self.stacks) * (touched + c.shared_experts) * expert
-        cache = c.layers * concurrency * context * c.latent * 2
-        return fixed + experts + cache, touched
+        return fixed + experts + c.layers * concurrency * context * c.latent * 2
+
+
+def kernels_of(launches: Callable[[], object]) -> list[tuple[str, float, float]]:
+    """(kernel, launches, us), the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        launches()
+        torch.cuda.synchronize()
+    found = [(e.key, float(e.count), e.self_device_time_total) for e in profiled.key_averages()]
+    return sorted((one for one in found if one[2] > 0), key=lambda one: -one[2])
+
+
+class Peer:
+    """vLLM in a process of its own on the same GPU, idle while we run."""
+
+    def __init__(self, folder: Path, *settings: object) -> None:
+        command = [sys.executable, "-m", "benchmarks.vllm_peer", str(folder), *map(str, settings)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        word, _, seconds = self._answer().partition(" ")
+        assert word == "ready", word
+        progress(f"vLLM ready after {seconds} s")
+
+    def seconds(self, inputs: int, concurrency: int, outputs: int, temperature: float) -> float:
+        assert self._process.stdin is not None
+        print(inputs, concurrency, outputs, temperature, file=self._process.stdin, flush=True)
+        return float(self._answer())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"vLLM ended with {self._process.wait()}; what it said is above")
+        return line.strip()
 
 
 def load(shape: str, layers: int) -> tuple[ModelConfig, Weights, dict[int, ExpertStack]]:
@@ -160,54 +240,99 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens a step")
+    parser.add_argument("--peer", action="store_true", help="alternate with vLLM, where it can be imported")
+    parser.add_argument("--memory", type=float, default=0.0, help="share of the GPU, default 0.92, beside a peer 0.47")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument(
+        "--profile", action="store_true", help="list the kernels of a step and of the prompts on stderr"
+    )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
-    ceiling = ceilings()
+    ceiling, batch = ceilings(), max(n for _, n in points)
+    context = max(inputs for inputs, _ in points) + arguments.output + 64
+    memory = arguments.memory or (0.47 if arguments.peer else 0.92)
     config, weights, stacks = load(arguments.shape, arguments.layers)
     started = time.perf_counter()
     bench = Bench(
         config, weights, stacks,
-        max_batch=max(n for _, n in points),
-        max_context=max(inputs for inputs, _ in points) + arguments.output + 64,
-        chunk_tokens=arguments.chunk,
+        max_batch=batch, max_context=context, chunk_tokens=arguments.chunk, memory=memory,
     )  # fmt: skip
     progress(f"engine ready after {time.perf_counter() - started:.1f} s")
-    fp8 = isinstance(next(iter(stacks.values())).down, Fp8Blocks)
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}; read ceiling here {ceiling['read']:.2f} TB/s\n"
-        f"{arguments.shape}, {config.layers} layers, {'fp8' if fp8 else 'bf16'}, random weights, "
-        f"{arguments.output} output tokens, temperature {arguments.temperature:g}; medians of {arguments.rounds}\n\n"
-        "| input x streams | TPOT ms | least | step ms | idle | floor ms | touched | prefill s | tok/s |\n"
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-        flush=True,
-    )
+    peer = None
+    if arguments.peer:
+        folder = write_config(arguments.shape, arguments.layers, Path(tempfile.mkdtemp()))
+        peer = Peer(folder, batch, context, arguments.chunk, memory)
+    print(head(config, arguments, ceiling["read"], stacks), flush=True)
     rows = []
     for inputs, concurrency in points:
-        bench.seconds(inputs, concurrency, 8, arguments.temperature)  # warm
-        prefills, tpots = [], []
-        for _ in range(arguments.rounds):
-            prefills.append(bench.seconds(inputs, concurrency, 1, arguments.temperature))
-            total = bench.seconds(inputs, concurrency, arguments.output, arguments.temperature)
-            tpots.append(1e3 * (total - prefills[-1]) / (arguments.output - 1))
-            progress(f"{inputs} x {concurrency}: {tpots[-1]:.3f} ms, prefill {prefills[-1]:.3f} s")
-        step = bench.replay_ms(concurrency)
-        size, touched = bench.floor_bytes(concurrency, inputs)
-        floor = size / ceiling["read"] / 1e9
-        tpot, prefill = statistics.median(tpots), statistics.median(prefills)
-        rows.append({"input": inputs, "concurrency": concurrency, "tpot": tpots, "prefill": prefills, "step": step,
-                     "floor": floor, "touched": touched})  # fmt: skip
-        print(
-            f"| {inputs} x {concurrency} | {tpot:.2f} | {min(tpots):.2f} | {step:.2f} | "
-            f"{max(0.0, 1 - step / tpot):.2f} | {floor:.2f} | {touched} | {prefill:.3f} | "
-            f"{inputs * concurrency / prefill:.0f} |",
-            flush=True,
-        )
+        row = measure(bench, peer, inputs, concurrency, arguments)
+        rows.append(row)
+        print(line(bench, row, ceiling["read"]), flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1))
+        if arguments.profile:
+            report(f"decode, {concurrency} streams", bench.profile(concurrency))
+            report(f"prefill of {concurrency} x {inputs}", bench.profile_prefill(inputs, concurrency))
     bench.engine.stop()
+    if peer is not None:
+        peer.close()
+
+
+def measure(bench: Bench, peer: Peer | None, inputs: int, concurrency: int, arguments: argparse.Namespace) -> dict:
+    """Rounds of ours and the peer's in turn."""
+    sides: dict[str, Bench | Peer] = {"ours": bench} | ({"vllm": peer} if peer is not None else {})
+    row: dict = {"input": inputs, "concurrency": concurrency, "busy": [], "touched": 0.0}
+    for name, side in sides.items():
+        side.seconds(inputs, concurrency, 8, arguments.temperature)  # warm
+        row[name] = {"prefill": [], "tpot": []}
+    for _ in range(arguments.rounds):
+        for name, side in sides.items():
+            prefill = side.seconds(inputs, concurrency, 1, arguments.temperature)
+            total = side.seconds(inputs, concurrency, arguments.output, arguments.temperature)
+            row[name]["prefill"].append(prefill)
+            row[name]["tpot"].append(1e3 * (total - prefill) / (arguments.output - 1))
+            if side is bench:
+                row["busy"].append(bench.watch.busy / total)
+                row["touched"] = bench.watch.touched(concurrency)
+            tpot = row[name]["tpot"][-1]
+            progress(f"{inputs} x {concurrency}, {name}: {tpot:.3f} ms, prefill {prefill:.3f} s")
+    return row
+
+
+def head(config: ModelConfig, arguments: argparse.Namespace, read: float, stacks: dict[int, ExpertStack]) -> str:
+    fp8 = isinstance(next(iter(stacks.values())).down, Fp8Blocks)
+    return (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}; read ceiling here {read:.2f} TB/s\n"
+        f"{arguments.shape}, {config.layers} layers, {'fp8' if fp8 else 'bf16'}, random weights, "
+        f"{arguments.output} output tokens, temperature {arguments.temperature:g}; medians of {arguments.rounds}\n\n"
+        "| input x streams | TPOT ms | least | GPU idle | floor ms | TPOT / floor | touched | prefill s | tok/s | "
+        "vLLM TPOT ms (ours is faster by) | vLLM prefill s |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+    )
+
+
+def line(bench: Bench, row: dict, read: float) -> str:
+    inputs, concurrency = row["input"], row["concurrency"]
+    tpot, prefill = statistics.median(row["ours"]["tpot"]), statistics.median(row["ours"]["prefill"])
+    floor = bench.floor_bytes(concurrency, inputs, row["touched"]) / read / 1e9
+    cells = [
+        f"{inputs} x {concurrency}", f"{tpot:.2f}", f"{min(row['ours']['tpot']):.2f}",
+        f"{1 - statistics.median(row['busy']):.3f}", f"{floor:.2f}", f"{tpot / floor:.2f}", f"{row['touched']:.1f}",
+        f"{prefill:.3f}", f"{inputs * concurrency / prefill:.0f}",
+    ]  # fmt: skip
+    if "vllm" in row:
+        theirs = statistics.median(row["vllm"]["tpot"]), statistics.median(row["vllm"]["prefill"])
+        cells += [f"{theirs[0]:.2f} ({theirs[0] / tpot:.2f}x)", f"{theirs[1]:.3f} ({theirs[1] / prefill:.2f}x)"]
+    else:
+        cells += ["", ""]
+    return f"| {' | '.join(cells)} |"
+
+
+def report(what: str, kernels: list[tuple[str, float, float]]) -> None:
+    progress(f"{what}: {sum(us for _, _, us in kernels) / 1e3:.2f} ms of kernels")
+    for name, launches, us in kernels[:20]:
+        progress(f"  {us:10.1f} us {launches:7.1f} launches  {name[:90]}")
 
 
 if __name__ == "__main__":

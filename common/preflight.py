@@ -20,8 +20,8 @@ def check_all(settings: Settings) -> None:
 
 
 def check_device(settings: Settings) -> None:
-    if settings.device == "cuda":
-        raise ConfigError("MOECULE_DEVICE is 'cuda': the engine runs on the CPU only so far, so unset it or use cpu")
+    if settings.device == "cuda" and not any(Path("/dev").glob("nvidia[0-9]*")):
+        raise ConfigError("MOECULE_DEVICE is 'cuda', and this machine shows no NVIDIA GPU: unset it or use cpu")
 
 
 def check_model_folder(settings: Settings) -> None:

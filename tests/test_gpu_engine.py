@@ -52,7 +52,7 @@ class Served:
         self.chunks: dict[str, list[TokenChunk]] = defaultdict(list)
         self._changed = threading.Condition()
         self.engine: Engine = make_engine(config, weights, stacks, self._emit, **kind)
-        self.engine._runner.overlaps = overlaps
+        self.engine.runner.overlaps = overlaps
         self.engine.start()
 
     def _emit(self, output: StepOutput) -> None:
