@@ -150,13 +150,13 @@ class GpuRunner:
         self._compile(prepared)
         for one in prepared:
             self.works[one.rows] = one.work
-            graphs = (self._graph(launch) for launch in (one.forward, one.greedy, one.random))
-            self.graphs[one.rows] = DecodeGraph(*graphs, one.logits, one.work.x)
+            forward, greedy, random = (self._graph(launch) for launch in (one.forward, one.greedy, one.random))
+            self.graphs[one.rows] = DecodeGraph(forward, greedy, random, one.logits, one.work.x)
         torch.cuda.synchronize()
 
     def _compile(self, prepared: Many[Prepared]) -> None:
-        """Run all of them once, several at a time: what is not in Triton's cache compiles on all processors. They meet in
-        scratch that launches expect zeroed, so that is put right afterwards."""
+        """Run all of them once, several at a time: what is not in Triton's cache compiles on all processors. They meet
+        in scratch that launches expect zeroed, so that is put right afterwards."""
 
         def run(one: Prepared) -> None:
             with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
