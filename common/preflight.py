@@ -37,7 +37,7 @@ def check_model(settings: Settings) -> None:
     check_model_folder(settings)
     from common.model_config import ModelConfig  # needed by this check alone
 
-    ModelConfig.load(settings.model)
+    ModelConfig.load(settings.model, settings.weights)
 
 
 def nats_address(settings: Settings) -> tuple[str, int]:

@@ -10,7 +10,6 @@ import torch
 from prometheus_client import Gauge
 
 from common.actor import BEAT_SECONDS, Actor
-from common.checkpoint import Checkpoint
 from common.cores import pin_actor
 from common.errors import InvalidRequest, MoeculeError, Unavailable
 from common.futex import Bell
@@ -38,6 +37,7 @@ from common.messages import (
     subject,
 )
 from common.model_config import ModelConfig
+from common.source import open_source
 from services.expert_shard.experts import ExpertStore
 from services.expert_shard.server import Attachment, ExpertServer, Job
 
@@ -114,8 +114,9 @@ class ExpertShard(Actor):
 
     def _open_checkpoint(self) -> tuple[ModelConfig, ExpertStore]:
         torch.set_num_threads(self.settings.threads)
-        config = ModelConfig.load(self.settings.model)
-        store = ExpertStore(config, Checkpoint(self.settings.model))
+        model, weights = self.settings.model, self.settings.weights
+        config = ModelConfig.load(model, weights)
+        store = ExpertStore(config, open_source(model, config, weights))
         store.check()
         return config, store
 

@@ -36,7 +36,7 @@ class Gateway(Actor):
 
     async def start(self) -> None:
         settings = self.settings
-        config = await asyncio.to_thread(ModelConfig.load, settings.model)
+        config = await asyncio.to_thread(ModelConfig.load, settings.model, settings.weights)
         tokenizer = await asyncio.to_thread(Tokenizer, settings.model)
         metrics = GatewayMetrics(self.metrics)
         self.leaving = False

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 from common.actor import Actor
 from common.bus import Subscription
-from common.checkpoint import Checkpoint
 from common.cores import pin_actor
 from common.errors import (
     BusUnavailable,
@@ -40,6 +39,7 @@ from common.messages import (
 )
 from common.model_config import ModelConfig
 from common.pages import PAGE
+from common.source import open_source
 from services.gpu_worker.admission import Bounds
 from services.gpu_worker.engine import Engine, Stats, StepOutput
 from services.gpu_worker.grammar import Grammars
@@ -62,7 +62,7 @@ class Worker(Actor):
     async def start(self) -> None:
         settings = self.settings
         pin_actor(self.kind, settings)
-        self.config = await asyncio.to_thread(ModelConfig.load, settings.model)
+        self.config = await asyncio.to_thread(ModelConfig.load, settings.model, settings.weights)
         self.streams = Streams(self.clock)
         self.metered = WorkerMetrics(self.metrics)
         self._stats = Stats(0, 0, 0, 0)
@@ -155,7 +155,8 @@ class Worker(Actor):
         import torch
 
         torch.set_num_threads(self.settings.threads)
-        model = Model(self.config, Checkpoint(self.settings.model), self.links, threads=self.settings.threads)
+        source = open_source(self.settings.model, self.config, self.settings.weights)
+        model = Model(self.config, source, self.links, threads=self.settings.threads)
         total = self.settings.kv_pages or default_pages(self.config)
         planner = Planner(
             PageAllocator(total),

@@ -53,7 +53,7 @@ class Scheduler(Actor):
     keeper: MapKeeper
 
     async def start(self) -> None:
-        config = await asyncio.to_thread(ModelConfig.load, self.settings.model)
+        config = await asyncio.to_thread(ModelConfig.load, self.settings.model, self.settings.weights)
         self.model = config.fingerprint
         self.workers: Members[WorkerBeat] = Members()
         self.shards: Members[ShardBeat] = Members()
