@@ -1,102 +1,136 @@
-"""`python -m benchmarks.load`: how fast experts stream from files to the device, beside reading the files alone.
-
-It writes a checkpoint of its own, the size of some layers of DeepSeek-V2-Lite's experts, and takes turns. `--cold`
-drops the files from the page cache before each turn, so that the disk is what is measured.
-"""
+"""Random prompts, sent by users who each wait for one answer before they ask for the next."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
-import tempfile
+import asyncio
+import contextlib
+import re
+import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from random import Random
+from typing import Any, NamedTuple
 
-import torch
-from safetensors.torch import save_file
+import msgspec
 
-from common.checkpoint import Checkpoint
-from common.source import Read
-from common.transfer import CHUNK, THREADS
+from benchmarks.client import Endpoint, Record, Request, ask
 
-ROWS, COLUMNS = 1408, 2048
-EACH = 64 * 3  # matrices a file
-
-
-def write(folder: Path, files: int) -> None:
-    values = torch.randint(-(1 << 15), 1 << 15, (ROWS, COLUMNS), dtype=torch.int16).view(torch.bfloat16)
-    for file in range(files):
-        save_file({f"{file}.{i}": values.clone() for i in range(EACH)}, folder / f"{file}.safetensors")
-        print(f"written {file + 1} of {files} files", flush=True)
-    os.sync()
+SPECIAL = 16  # ids below it may be special tokens
+TICK_SECONDS = 1.0
 
 
-def read_alone(folder: Path) -> None:
-    """With as many threads and of the same size as the loading reads."""
+class Lengths(NamedTuple):
+    """Uniform in [share * most, most]."""
 
-    def read(place: tuple[Path, int]) -> None:
-        with open(place[0], "rb", buffering=0) as file:
-            view, got = memoryview(buffers.pop()), 0
-            file.seek(place[1])
-            while got < CHUNK and (count := file.readinto(view[got:])):
-                got += count
-            buffers.append(view.obj)  # type: ignore[arg-type]
+    most: int
+    share: float
 
-    buffers = [bytearray(CHUNK) for _ in range(THREADS)]
-    paths = sorted(folder.glob("*.safetensors"))
-    places = [(path, start) for path in paths for start in range(0, path.stat().st_size, CHUNK)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(read, places))
+    def draw(self, rng: Random) -> int:
+        return rng.randint(max(1, int(self.most * self.share)), self.most)
+
+    def __str__(self) -> str:
+        return f"{max(1, int(self.most * self.share)):,} to {self.most:,}"
 
 
-def load(folder: Path, device: str) -> None:
-    checkpoint = Checkpoint(folder)
-    names = list(checkpoint.names())
-    stack = torch.empty(len(names), ROWS, COLUMNS, dtype=torch.bfloat16, device=device)
-    checkpoint.fill([Read(name, out) for name, out in zip(names, stack, strict=True)])
+class Maker:
+    """Makes requests: prompts are drawn from a seed, and a salt of this run keeps every cache out of it."""
+
+    def __init__(self, model: str, vocabulary: int, temperature: float) -> None:
+        self.model, self.vocabulary, self.temperature = model, vocabulary, temperature
+        self.extras = True
+        """Whether to send what vLLM added to the API: a salt, and the usage so far in every chunk."""
+
+    def make(self, rng: Random, prompt: int, output: int) -> Request:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": rng.choices(range(SPECIAL, self.vocabulary), k=prompt),
+            "max_tokens": output,
+            "ignore_eos": True,
+            "temperature": self.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if self.extras:
+            body["stream_options"]["continuous_usage_stats"] = True
+            body["cache_salt"] = uuid.uuid4().hex
+        return Request(msgspec.json.encode(body), output)
+
+    def make_many(self, rng: Random, count: int, prompt: Lengths, output: Lengths) -> list[Request]:
+        """Made before the clock runs: 8,192 ids take milliseconds."""
+        return [self.make(rng, prompt.draw(rng), output.draw(rng)) for _ in range(count)]
+
+    async def try_out(self, endpoint: Endpoint, silence: float) -> str:
+        """Why the endpoint does not answer; empty if it does. Finds out whether it takes the extras."""
+        for extras in (True, False):
+            self.extras, record = extras, Record()
+            await ask(endpoint, self.make(Random(0), SPECIAL, 2), record, silence)
+            if not record.error.startswith(("HTTP 400", "HTTP 422")):
+                break
+        return record.error
 
 
-def forget(folder: Path) -> None:
-    for path in folder.glob("*.safetensors"):
-        fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
+async def ask_all(
+    endpoint: Endpoint, requests: Sequence[Request], users: int, silence: float, label: str
+) -> list[Record]:
+    records: list[Record] = []
+    todo = iter(requests)
+
+    async def user() -> None:
+        for request in todo:
+            record = Record()
+            records.append(record)
+            await ask(endpoint, request, record, silence)
+
+    async with progress(label, records, len(requests)):
+        await asyncio.gather(*(user() for _ in range(users)))
+    return records
 
 
-def seconds(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+@contextlib.asynccontextmanager
+async def progress(label: str, records: Sequence[Record], wanted: int = 0) -> AsyncIterator[None]:
+    """A line on stderr that tells once a second how far it is."""
+    began = time.monotonic()
+
+    def tell() -> None:
+        done, failed = sum(r.complete for r in records), sum(bool(r.error) for r in records)
+        of = f" of {wanted}" if wanted else ""
+        tokens, seconds = sum(r.tokens for r in records), time.monotonic() - began
+        line = f"{label}: {done}{of} done, {failed} failed, {tokens:,} tokens, {seconds:.0f} s"
+        print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
+
+    async def tick() -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            tell()
+
+    ticking = asyncio.create_task(tick())
+    try:
+        yield
+    finally:
+        ticking.cancel()
+        tell()
+        print(file=sys.stderr)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=4, help="of 1.1 GB")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--folder", help="where to write, for another disk than the temporary files'")
-    parser.add_argument("--cold", action="store_true", help="with nothing of the files in memory")
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory(prefix="moecule-load-", dir=options.folder) as name:
-        folder = Path(name)
-        write(folder, options.files)
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9
-        ways = {"read alone": lambda: read_alone(folder), f"load to {device}": lambda: load(folder, device)}
-        for run in ways.values():
-            run()  # pins memory, makes streams
-        speeds: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(options.turns):
-            for way, run in ways.items():
-                if options.cold:
-                    forget(folder)
-                speeds[way].append(size / seconds(run))
-                print(f"turn {turn + 1} of {options.turns}: {way} {speeds[way][-1]:.2f} GB/s", flush=True)
-    alone, loaded = (statistics.median(each) for each in speeds.values())
-    print(f"median: {alone:.2f} GB/s read alone, {loaded:.2f} GB/s to {device}: {loaded / alone:.0%}")
+class Clock:
+    """Seconds since it was made, and which share of them this process kept a core busy."""
+
+    def __init__(self) -> None:
+        self._began, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        seconds = time.perf_counter() - self._began
+        return seconds, (time.process_time() - self._cpu) / seconds
 
 
-if __name__ == "__main__":
-    main()
+def reasons(records: Sequence[Record], most: int = 5) -> list[str]:
+    """What failed, most often first. Of sentences that differ in their numbers alone, the first stands for all."""
+    examples: dict[str, str] = {}
+    counted: Counter[str] = Counter()
+    for error in (record.error for record in records if record.error):
+        kind = re.sub(r"\d+", "0", error)
+        examples.setdefault(kind, error)
+        counted[kind] += 1
+    return [f"{count} x {examples[kind]}" for kind, count in counted.most_common(most)]
