@@ -1,0 +1,169 @@
+"""Steps that overlap change no token: the engine with a runner that hides each step's tokens until the next has been
+launched, as a GPU's does, against the one that does not overlap."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import defaultdict
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import structlog
+
+from common.checkpoint import Checkpoint
+from common.link import LocalLink
+from common.messages import Generate, Sampling, TokenChunk
+from common.model_config import ModelConfig
+from common.pages import page_hashes
+from services.expert_shard.experts import ExpertStore
+from services.gpu_worker.engine import Engine, StepOutput
+from services.gpu_worker.model import Model
+from services.gpu_worker.pace import Pace
+from services.gpu_worker.pages import PageAllocator
+from services.gpu_worker.planner import UNKNOWN, Plan, Planner, Sequence
+from services.gpu_worker.runner import Computed, CpuRunner
+from services.gpu_worker.sampler import Sampler
+from services.gpu_worker.weights import load_weights
+
+TINY = Path(__file__).parent.parent / "models" / "tiny"
+
+
+@functools.cache
+def tiny() -> tuple[ModelConfig, Model]:
+    config, checkpoint = ModelConfig.load(TINY), Checkpoint(TINY)
+    store = ExpertStore(config, checkpoint)
+    store.load(range(config.partitions))
+    return config, Model(config, load_weights(config, checkpoint), LocalLink(store.compute))
+
+
+class LateRunner(CpuRunner):
+    """Knows the tokens of the step before, which the sequences do not show yet."""
+
+    overlaps = True
+    _found: dict[Sequence, int]
+
+    def launch(self, plan: Plan) -> Computed:
+        late = [chunk for chunk in plan.chunks if chunk.sequence.tokens[chunk.end - 1] == UNKNOWN]
+        for chunk in late:
+            chunk.sequence.tokens[chunk.end - 1] = self._found[chunk.sequence]
+        sequences = plan.sampled
+        computed = super().launch(plan)
+        for chunk in late:
+            chunk.sequence.tokens[chunk.end - 1] = UNKNOWN
+        self._found = dict(zip(sequences, computed.sampled.tokens, strict=True))
+        return computed
+
+
+class Told:
+    def __init__(self, runner: type[CpuRunner], *, pages: int = 64, max_batch: int = 6, chunk: int = 96) -> None:
+        config, model = tiny()
+        self.chunks: dict[str, list[TokenChunk]] = defaultdict(list)
+        self._changed = threading.Condition()
+        sampler = Sampler(config, max_batch=max_batch, threads=1)
+        planner = Planner(
+            PageAllocator(pages), config.fingerprint, max_batch=max_batch, pace=Pace(chunk), prefix_cache=True
+        )
+        log = structlog.get_logger()
+        self.runner = runner(model, model.new_cache(pages), sampler, log)
+        self.engine = Engine(config, self.runner, planner, sampler, self._emit, log)
+
+    def _emit(self, output: StepOutput) -> None:
+        with self._changed:
+            for chunks in output.chunks.values():
+                for chunk in chunks:
+                    self.chunks[chunk.request_id].append(chunk)
+            self._changed.notify_all()
+
+    def run(self, requests: list[Generate]) -> dict[str, list[TokenChunk]]:
+        for request in requests:
+            self.engine.submit(request)
+        self.engine.start()
+        with self._changed:
+            ended = self._changed.wait_for(lambda: self.engine.crashed or all(map(self.over, requests)), 120)
+        assert ended and self.engine.crashed is None
+        self.engine.stop()
+        self.engine.planner.check()
+        assert self.engine.planner.allocator.owned == 0
+        return self.chunks
+
+    def over(self, request: Generate) -> bool:
+        chunks = self.chunks[request.request_id]
+        return bool(chunks and chunks[-1].finish)
+
+
+def ask(name: str, prompt: list[int], **sampling: Any) -> Generate:
+    return Generate(request_id=name, gateway_id="g", prompt=tuple(prompt), sampling=Sampling(**sampling))
+
+
+def load(seed: int, count: int = 9) -> list[Generate]:
+    """Requests of every kind, some of which share a prefix."""
+    draw = Random(seed)
+    shared = [draw.randrange(3, 2000) for _ in range(130)]
+    requests = []
+    for i in range(count):
+        own = [draw.randrange(3, 2000) for _ in range(draw.randrange(1, 150))]
+        kind: dict[str, Any] = draw.choice([
+            dict(temperature=0.0),
+            dict(temperature=1.0, top_p=0.9, seed=i),
+            dict(temperature=1.0, seed=i, frequency_penalty=0.8, repetition_penalty=1.2),
+            dict(temperature=1.0, seed=i, min_tokens=6, logprobs=2),
+            dict(temperature=1.0, seed=i, prompt_logprobs=1),
+        ])  # fmt: skip
+        stops = tuple(draw.sample(range(3, 2000), 150))
+        requests.append(
+            ask(f"r{i}", (shared if draw.random() < 0.5 else []) + own, max_tokens=draw.choice([0, 1, 2, 17, 40]),
+                stop_token_ids=stops, **kind)
+        )  # fmt: skip
+    return requests
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("pages", [64, 9])
+def test_overlapping_changes_nothing_that_is_told(seed: int, pages: int) -> None:
+    """With nine pages requests are preempted, some of them while their last token is unknown."""
+    requests = load(seed)
+    late = Told(LateRunner, pages=pages).run(requests)
+    plain = Told(CpuRunner, pages=pages).run(requests)
+    for request in requests:
+        name = request.request_id
+        assert [_told(c) for c in late[name]] == [_told(c) for c in plain[name]], name
+        assert [c.index for c in late[name]] == list(range(len(late[name])))
+        assert late[name][-1].finish and not any(c.finish for c in late[name][:-1])
+
+
+def _told(chunk: TokenChunk) -> tuple:
+    """All but cached_tokens, which depends on what was published when another one came, and logprobs' last digits."""
+    scored = None if chunk.prompt_logprobs is None else len(chunk.prompt_logprobs)
+    return chunk.index, chunk.tokens, chunk.finish, chunk.stop_token, scored, chunk.logprobs is None
+
+
+def test_a_request_aborted_while_its_step_is_under_way_ends_once() -> None:
+    told = Told(LateRunner)
+    requests = [ask("gone", [5] * 40, max_tokens=200, temperature=1.0, seed=1, ignore_eos=True),
+                ask("stays", [6] * 40, max_tokens=60, temperature=1.0, seed=2, ignore_eos=True)]  # fmt: skip
+    alone = Told(LateRunner).run([requests[1]])["stays"]
+    emit = told.engine._emit
+
+    def aborting(output: StepOutput) -> None:
+        emit(output)
+        if len(told.chunks["gone"]) == 5:
+            told.engine.abort(["gone"])
+
+    told.engine._emit = aborting
+    told.run(requests)
+    assert [c.finish for c in told.chunks["gone"] if c.finish] == ["abort"]
+    assert told.chunks["gone"][-1].index == len(told.chunks["gone"]) - 1
+    assert [c.tokens for c in told.chunks["stays"]] == [c.tokens for c in alone]
+
+
+def test_the_pages_of_what_ended_late_are_known_to_those_that_come_after() -> None:
+    """Tokens of a page become known after it was filled: it is found all the same."""
+    prompt = [7] * 100
+    told = Told(LateRunner)
+    first = told.run([ask("a", prompt, max_tokens=60, temperature=1.0, seed=3, ignore_eos=True)])["a"]
+    allocator = told.engine.planner.allocator
+    tokens = prompt + [t for c in first for t in c.tokens]
+    assert [allocator.knows(h) for h in page_hashes(tokens, tiny()[0].fingerprint)] == [True, True]
