@@ -4,8 +4,9 @@ memory by TMA, two warpgroups multiply and promote, one of them while the other'
 Rows of x are gathered first, each expert's together, because TMA fetches neighbours alone. A tile is a block of up to
 128 places by two strips of 128 weight rows: gate and up of the same columns, which are one group of what is quantised
 for the second product, or two neighbours of `down`. A warpgroup has 64 of the places; where a block has no more, the
-second one only keeps step. Blocks of one expert are neighbours in the order of tiles, so that its weights come from
-memory once.
+second one only keeps step. Blocks of one expert are neighbours in the order of tiles, and the hardware deals out a
+program a tile in that order: they start together, so that its weights come from memory once. Programs that stayed and
+walked over tiles drifted apart, and read them again for every block.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.experts.work import ExpertWork, rows_and_scale
 from kernels.hopper import descriptor, ring_barriers
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
-from kernels.target import current
 
 BLOCK = 128  # rows of a block of the plan
 _HALF = gl.constexpr(64)  # of them, a warpgroup's
@@ -232,7 +232,7 @@ def _launch(
     plan, tile = work.plan, work.tile["gate_up" if is_gate_up else "down"]
     k, width = stack.data.shape[1], out.shape[1]
     w, scale = rows_and_scale(stack)
-    programs = min(current().processors, len(plan.blocks) * (width // (GROUP if is_gate_up else 2 * GROUP)))
+    programs = len(plan.blocks) * (width // (GROUP if is_gate_up else 2 * GROUP))
     _many_rows[(programs,)](
         descriptor(x.data, BLOCK // 2, GROUP), descriptor(w, GROUP, GROUP), descriptor(out, BLOCK // 2, GROUP), out,
         x.scale, scale, out_scale, gates, plan.pairs, plan.blocks, plan.counts, k, width, gates.shape[1],

@@ -93,14 +93,20 @@ def _launch(**knobs: int) -> Tile:
     return {"SWAP": 1, "TMA": 1, "PDL": 1, "warps": 4, "per_sm": 2, "prefetch": 512} | knobs
 
 
-def fit(tile: Mapping[str, int], k: int, n: int, is_gate_up: bool, fp8: bool) -> dict[str, int]:
+def fit(
+    tile: Mapping[str, int], rows: int, k: int, n: int, is_gate_up: bool, dtype: torch.dtype, fp8: bool
+) -> dict[str, int]:
     """BN and BK cut down to powers of two that divide the shape, so that nothing is masked. In fp8 they are whole
-    groups where one scale must serve a tile."""
+    groups where one scale must serve a tile. On sm_90 no more stages of `rows` rows than shared memory holds: of
+    float32 that is half as many."""
     width = n // 2
     bn, bk = min(tile["BN"], width & -width), min(tile["BK"], k & -k)
     if fp8:
         bk, bn = GROUP, GROUP if is_gate_up else bn
-    return {**tile, "BN": bn, "BK": bk}
+    stages, target = tile["stages"], current()
+    if target.arch == "sm_90":
+        stages = max(1, min(stages, target.shared // ((2 * bn + rows) * bk * dtype.itemsize)))
+    return {**tile, "BN": bn, "BK": bk, "stages": stages}
 
 
 def candidates(tokens: int, topk: int, held: int, fp8: bool) -> list[Tile]:

@@ -223,7 +223,7 @@ def _launch(
     held, k, n = stack.data.shape
     if scale is not None and k % GROUP:
         raise ValueError(f"rows of {k} in fp8: {GROUP} must divide it")
-    tile = fit(tile, k, n, is_gate_up, scale is not None)
+    tile = fit(tile, plan.block_rows, k, n, is_gate_up, w.dtype, scale is not None)
     width, target, hopper = to.shape[1], current(), _hopper()
     tma, pdl = hopper and bool(tile["TMA"]), hopper and bool(tile["PDL"])
     across = width // (tile["BN"] if is_gate_up else 2 * tile["BN"])
