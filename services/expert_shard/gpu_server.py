@@ -77,12 +77,12 @@ class GpuServer:
         self.bell.ring()
 
     def detach(self, attachment: GpuAttachment) -> None:
-        """Blocks until nothing of it runs."""
-        attachment.launches.abort()
+        """Blocks until nothing of it runs; once."""
         with self._launching:
             known = attachment in self._attachments
             self._attachments = tuple(other for other in self._attachments if other is not attachment)
         if known:
+            attachment.launches.abort()
             attachment.launches.close()
 
     def _run(self) -> None:

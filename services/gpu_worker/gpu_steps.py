@@ -125,7 +125,7 @@ class Steps:
             self._under_way.popleft()
             self._broken = self._broken or not ok
             oldest = self._under_way[0][0] if self._under_way else self._step + 1
-            for _, peer in (gone := [entry for entry in self._leaving if entry[0] < oldest]):
+            for _, peer in (gone := [entry for entry in self._leaving if entry[0] <= oldest]):
                 peer.free()
             self._leaving = [entry for entry in self._leaving if entry not in gone]
         return late
