@@ -2,16 +2,22 @@
 
 python -m benchmarks.engine --shape v2-lite --points 1024x4,1024x16,1024x64,8192x4 --output 1024 --rounds 5
 python -m benchmarks.engine --shape r1 --layers 11 --output 192
+python -m benchmarks.engine --points 1024x16,1024x64 --link mailbox --shards 2
 
 TPOT = (time of a run - time of the same run with one output token) / (output - 1), the whole batch submitted at once.
 `step` is the replay of the captured graphs alone, at the context that the run ended with: TPOT above it is idle GPU.
 The floor counts the bytes that a step must read: all weights but the routed experts' that no token chose (counted in
 the last layer), and the cache.
+
+With `--link mailbox` the local link is measured first, then the same engine with its experts in processes of their own,
+all on this GPU under MPS.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import random
 import statistics
@@ -21,20 +27,23 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
 from benchmarks.kernels.timing import ceilings
+from benchmarks.link_rig import mps
 from benchmarks.shapes import SHAPES, write_config
 from common.messages import Generate, Sampling
 from common.model_config import ModelConfig
+from common.pages import PAGE
 from common.source import open_source
-from kernels.quant import Fp8Blocks
+from kernels.link import SlabLayout
 from services.expert_shard.stacks import ExpertStack, load_stack
 from services.gpu_worker.engine import Engine, StepOutput
 from services.gpu_worker.gpu_engine import make_engine
-from services.gpu_worker.graphs import GpuRunner
+from services.gpu_worker.graphs import GpuRunner, buckets
 from services.gpu_worker.weights import Weights, load_weights
 
 
@@ -53,8 +62,10 @@ class Run:
 
 
 class Bench:
-    def __init__(self, config: ModelConfig, weights: Weights, stacks: dict[int, ExpertStack], **settings) -> None:
-        self.config, self.weights, self.stacks = config, weights, stacks
+    def __init__(
+        self, config: ModelConfig, weights: Weights, stacks: dict[int, ExpertStack] | None, **settings: Any
+    ) -> None:
+        self.config, self.weights, self.stacks = config, weights, stacks or {}
         self._run = Run(set())
         self.engine: Engine = make_engine(config, weights, stacks, self._emit, prefix_cache=False, **settings)
         self.engine.start()
@@ -121,33 +132,116 @@ class Bench:
         fixed = 0.0
         for layer in self.weights.layers:
             parts = [layer.qkv.a, layer.qkv.b, layer.o, layer.w_uk, layer.w_uv, layer.w_gate]
-            if layer.index not in self.stacks and layer.mlp is not None:
+            if layer.mlp is not None:
                 parts += [layer.mlp.gate_up, layer.mlp.down]
             fixed += sum(part.data.numel() * part.data.itemsize for part in parts if part is not None)
         fixed += self.weights.head.numel() * self.weights.head.itemsize
         stack = next(iter(self.stacks.values()))
         expert = sum(w.data[0].numel() * w.data.itemsize for w in (stack.gate_up, stack.down))
-        experts = len(self.stacks) * (touched + c.shared_experts) * expert
+        riding = len(stack.down.data) - c.experts  # shared experts
+        experts = len(self.stacks) * (touched + riding) * expert
         cache = c.layers * concurrency * context * c.latent * 2
         return fixed + experts + cache, touched
 
 
-def load(shape: str, layers: int) -> tuple[ModelConfig, Weights, dict[int, ExpertStack]]:
+def load(
+    folder: Path, config: ModelConfig, *, apart: bool = False, experts: bool = True
+) -> tuple[Weights, dict[int, ExpertStack]]:
+    """`apart`: the shared experts among the worker's own weights, as beside a link."""
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        path = write_config(shape, layers, Path(folder))
-        config = ModelConfig.load(path, weights="random")
-        source = open_source(path, config, "random")
-        weights = load_weights(config, source, "cuda", shared=False)
-        stacks = {}
-        for layer in config.moe_layers:
-            stacks[layer] = load_stack(
-                config, source, layer, range(config.experts), "cuda", shared=True, fp8=config.fp8
-            )  # fmt: skip
-            progress(f"layer {layer}: {torch.cuda.memory_allocated() / 1e9:.1f} GB held")
+    source, stacks = open_source(folder, config, "random"), {}
+    weights = load_weights(config, source, "cuda", shared=apart)
+    for layer in config.moe_layers if experts else ():
+        stacks[layer] = load_stack(
+            config, source, layer, range(config.experts), "cuda", shared=not apart, fp8=config.fp8
+        )  # fmt: skip
+        progress(f"layer {layer}: {torch.cuda.memory_allocated() / 1e9:.1f} GB held")
     torch.cuda.synchronize()
     progress(f"weights drawn in {time.perf_counter() - started:.1f} s")
-    return config, weights, stacks
+    return weights, stacks
+
+
+@dataclass
+class Point:
+    input: int
+    concurrency: int
+    prefills: list[float] = field(default_factory=list)
+    tpots: list[float] = field(default_factory=list)
+    step: float = 0.0  # of the graphs alone; 0: not measured
+    floor: float = 0.0
+    touched: int = 0
+
+    def line(self, link: str) -> str:
+        tpot, prefill = statistics.median(self.tpots), statistics.median(self.prefills)
+        idle = f"{self.step:.2f} | {max(0.0, 1 - self.step / tpot):.2f}" if self.step else "- | -"
+        return (
+            f"| {link} | {self.input} x {self.concurrency} | {tpot:.2f} | {min(self.tpots):.2f} | {idle} | "
+            f"{self.floor:.2f} | {self.touched} | {prefill:.3f} | {self.input * self.concurrency / prefill:.0f} |"
+        )
+
+
+def measure(bench: Bench, point: Point, outputs: int, rounds: int, temperature: float) -> None:
+    inputs, concurrency = point.input, point.concurrency
+    bench.seconds(inputs, concurrency, 8, temperature)  # warm
+    for _ in range(rounds):
+        point.prefills.append(bench.seconds(inputs, concurrency, 1, temperature))
+        total = bench.seconds(inputs, concurrency, outputs, temperature)
+        point.tpots.append(1e3 * (total - point.prefills[-1]) / (outputs - 1))
+        progress(f"{inputs} x {concurrency}: {point.tpots[-1]:.3f} ms, prefill {point.prefills[-1]:.3f} s")
+
+
+def run_local(folder: Path, config: ModelConfig, arguments: argparse.Namespace, settings: dict) -> list[Point]:
+    ceiling, points = ceilings(), []
+    weights, stacks = load(folder, config, apart=arguments.apart)
+    bench = Bench(config, weights, stacks, **settings)
+    print_head(arguments, config, ceiling["read"])
+    for inputs, concurrency in arguments.points:
+        points.append(point := Point(inputs, concurrency))
+        measure(bench, point, arguments.output, arguments.rounds, arguments.temperature)
+        point.step = bench.replay_ms(concurrency)
+        size, point.touched = bench.floor_bytes(concurrency, inputs)
+        point.floor = size / ceiling["read"] / 1e9
+        print(point.line("local, apart" if arguments.apart else "local"), flush=True)
+    bench.engine.stop()
+    return points
+
+
+def run_split(
+    folder: Path, config: ModelConfig, arguments: argparse.Namespace, settings: dict, local: list[Point]
+) -> list[Point]:
+    """The same with the experts in `shards` processes; the floor is the local run's."""
+    from benchmarks.shards import Shards
+
+    layout = SlabLayout(
+        config.hidden, config.topk, settings["max_batch"], settings["chunk_tokens"], arguments.shards, config.fp8
+    )
+    shards = Shards(folder, layout, buckets(settings["max_batch"]), arguments.shards, weights="random")
+    weights, _ = load(folder, config, apart=True, experts=False)
+    # Their experts lie on this GPU too, and come when this engine has taken its memory.
+    pages = settings["max_batch"] * -(-settings["max_context"] // PAGE)
+    bench = Bench(config, weights, None, links=shards.links, pages=pages, **settings)
+    shards.attach()
+    points = []
+    for before in local:
+        points.append(point := Point(before.input, before.concurrency, floor=before.floor, touched=before.touched))
+        measure(bench, point, arguments.output, arguments.rounds, arguments.temperature)
+        ratio = statistics.median(point.tpots) / statistics.median(before.tpots)
+        print(f"{point.line(f'mailbox, {arguments.shards} shards')} {ratio:.3f}x the local link's", flush=True)
+    bench.engine.stop()
+    shards.close()
+    return points
+
+
+def print_head(arguments: argparse.Namespace, config: ModelConfig, read: float) -> None:
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}; read ceiling here {read:.2f} TB/s\n"
+        f"{arguments.shape}, {config.layers} layers, {'fp8' if config.fp8 else 'bf16'}, random weights, "
+        f"{arguments.output} output tokens, temperature {arguments.temperature:g}; medians of {arguments.rounds}\n\n"
+        "| link | input x streams | TPOT ms | least | step ms | idle | floor ms | touched | prefill s | tok/s |\n"
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -161,53 +255,32 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens a step")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--apart", action="store_true", help="locally too, compute the shared experts by themselves")
+    parser.add_argument("--link", choices=("local", "mailbox"), default="local", help="mailbox: after the local link")
+    parser.add_argument("--shards", type=int, default=2, help="processes that hold the experts, with --link mailbox")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
-    ceiling = ceilings()
-    config, weights, stacks = load(arguments.shape, arguments.layers)
-    started = time.perf_counter()
-    bench = Bench(
-        config, weights, stacks,
-        max_batch=max(n for _, n in points),
-        max_context=max(inputs for inputs, _ in points) + arguments.output + 64,
+    arguments.points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
+    settings = dict(
+        max_batch=max(n for _, n in arguments.points),
+        max_context=max(inputs for inputs, _ in arguments.points) + arguments.output + 64,
         chunk_tokens=arguments.chunk,
-    )  # fmt: skip
-    progress(f"engine ready after {time.perf_counter() - started:.1f} s")
-    fp8 = isinstance(next(iter(stacks.values())).down, Fp8Blocks)
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}; read ceiling here {ceiling['read']:.2f} TB/s\n"
-        f"{arguments.shape}, {config.layers} layers, {'fp8' if fp8 else 'bf16'}, random weights, "
-        f"{arguments.output} output tokens, temperature {arguments.temperature:g}; medians of {arguments.rounds}\n\n"
-        "| input x streams | TPOT ms | least | step ms | idle | floor ms | touched | prefill s | tok/s |\n"
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-        flush=True,
     )
-    rows = []
-    for inputs, concurrency in points:
-        bench.seconds(inputs, concurrency, 8, arguments.temperature)  # warm
-        prefills, tpots = [], []
-        for _ in range(arguments.rounds):
-            prefills.append(bench.seconds(inputs, concurrency, 1, arguments.temperature))
-            total = bench.seconds(inputs, concurrency, arguments.output, arguments.temperature)
-            tpots.append(1e3 * (total - prefills[-1]) / (arguments.output - 1))
-            progress(f"{inputs} x {concurrency}: {tpots[-1]:.3f} ms, prefill {prefills[-1]:.3f} s")
-        step = bench.replay_ms(concurrency)
-        size, touched = bench.floor_bytes(concurrency, inputs)
-        floor = size / ceiling["read"] / 1e9
-        tpot, prefill = statistics.median(tpots), statistics.median(prefills)
-        rows.append({"input": inputs, "concurrency": concurrency, "tpot": tpots, "prefill": prefills, "step": step,
-                     "floor": floor, "touched": touched})  # fmt: skip
-        print(
-            f"| {inputs} x {concurrency} | {tpot:.2f} | {min(tpots):.2f} | {step:.2f} | "
-            f"{max(0.0, 1 - step / tpot):.2f} | {floor:.2f} | {touched} | {prefill:.3f} | "
-            f"{inputs * concurrency / prefill:.0f} |",
-            flush=True,
+    with contextlib.ExitStack() as stack:
+        if arguments.link == "mailbox":
+            stack.enter_context(mps())
+        folder = write_config(
+            arguments.shape, arguments.layers, Path(stack.enter_context(tempfile.TemporaryDirectory()))
         )
+        config = ModelConfig.load(folder, weights="random")
+        found = {"local": run_local(folder, config, arguments, settings)}
+        if arguments.link == "mailbox":
+            gc.collect()
+            torch.cuda.empty_cache()
+            found["mailbox"] = run_split(folder, config, arguments, settings, found["local"])
         if arguments.json:
+            rows = {link: [vars(point) for point in points] for link, points in found.items()}
             arguments.json.write_text(json.dumps(rows, indent=1))
-    bench.engine.stop()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 import pytest
 import torch
 
+from benchmarks.link_rig import mps
 from common.messages import Generate
 from common.model_config import ModelConfig
 from common.source import open_source
@@ -23,7 +27,8 @@ from tests.tiny_models import make_model, write_checkpoint
 
 pytestmark = pytest.mark.gpu
 
-TINY = Path(__file__).parent.parent / "models" / "tiny"
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "models" / "tiny"
 KIND: dict[str, Any] = dict(max_batch=8, max_context=640, chunk_tokens=256, prefix_cache=True, pages=128)
 
 
@@ -162,3 +167,29 @@ def test_a_shard_that_stops_ends_its_requests_with_a_reason() -> None:
     assert all(chunk.error is not None and chunk.error[0] == "experts_unavailable" for chunk in ends)
     assert "s1 is late" in str(ends[0].error)
     assert took < 5.0
+
+
+# ---- in processes of their own, under MPS
+
+
+def apart(mode: str) -> dict[str, Any]:
+    with mps():
+        ran = subprocess.run(
+            [sys.executable, "-m", "tests.gpu_link_apart", mode], cwd=ROOT, capture_output=True, text=True, timeout=400
+        )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    found: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+def test_shards_in_processes_give_the_local_links_tokens() -> None:
+    found = apart("same")
+    assert found["same 1"] == found["of"], found
+    assert found["all 1"] and found["all 2"], found
+
+
+def test_a_stopped_shard_ends_requests_within_the_bound() -> None:
+    found = apart("stopped")
+    assert found["finish"] == ["error"] * 4, found
+    assert all(code == "experts_unavailable" and "s1" in why for code, why in found["errors"]), found
+    assert found["took"] < found["bound"] + 3.0, found

@@ -82,6 +82,7 @@ class GpuLinks(Membership):
     def _give_up(self, peer: GpuPeer, why: str) -> None:
         """The next step starts without this peer, whether or not the loop has heard of it yet."""
         peer.lost = peer.lost or why
+        self._failures = self._failures | {peer.shard_id: why}  # for the reason that the next step may end with
         self._loop.call_soon_threadsafe(self._lose, peer, why)
 
     # ---- the event loop
