@@ -5,12 +5,10 @@ python -m benchmarks.engine --shape r1 --layers 11 --output 192
 python -m benchmarks.engine --points 1024x16,1024x64 --link mailbox --shards 2
 
 TPOT = (time of a run - time of the same run with one output token) / (output - 1), the whole batch submitted at once.
-`step` is the replay of the captured graphs alone, at the context that the run ended with: TPOT above it is idle GPU.
 The floor counts the bytes that a step must read: all weights but the routed experts' that no token chose (counted in
-the last layer), and the cache.
+the last layer, in every step), and the cache at the starting context.
 
-With `--link mailbox` the local link is measured first, then the same engine with its experts in processes of their own,
-all on this GPU under MPS.
+`--link mailbox`: then the same with the experts in processes of their own, all on this GPU under MPS.
 """
 
 from __future__ import annotations
@@ -21,10 +19,12 @@ import gc
 import json
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,14 @@ from benchmarks.link_rig import mps
 from benchmarks.shapes import SHAPES, write_config
 from common.messages import Generate, Sampling
 from common.model_config import ModelConfig
-from common.pages import PAGE
 from common.source import open_source
-from kernels.link import SlabLayout
+from kernels.quant import Fp8Blocks
 from services.expert_shard.stacks import ExpertStack, load_stack
 from services.gpu_worker.engine import Engine, StepOutput
 from services.gpu_worker.gpu_engine import make_engine
-from services.gpu_worker.graphs import GpuRunner, buckets
+from services.gpu_worker.graphs import GpuRunner, UnderWay
+from services.gpu_worker.planner import Plan
+from services.gpu_worker.runner import Computed
 from services.gpu_worker.weights import Weights, load_weights
 
 
@@ -61,13 +62,55 @@ class Run:
     ended: float = 0.0
 
 
+MOST_STEPS = 4096  # whose routing is kept
+
+
+class Watch:
+    """What the runner does in a run: how long its steps take on the GPU, and which experts the last layer chose."""
+
+    def __init__(self, runner: GpuRunner, topk: int) -> None:
+        self._runner, self._launch, self._finish = runner, runner.launch, runner.finish
+        self._topk, self.busy = topk, 0.0
+        rows = max(runner.graphs)
+        columns = next(iter(runner.works.values())).ids.shape[1]
+        self._ids = torch.zeros(MOST_STEPS, rows, columns, dtype=torch.int32, device="cuda")
+        self._decodes: list[int] = []
+        runner.launch, runner.finish = self.launch, self.finish  # type: ignore[method-assign]
+
+    def reset(self) -> None:
+        self.busy, self._decodes = 0.0, []
+
+    def launch(self, plan: Plan) -> UnderWay:
+        launched = self._launch(plan)
+        if plan.decodes and len(self._decodes) < MOST_STEPS:
+            count = len(plan.decodes)
+            bucket = self._runner.bucket(count)
+            self._ids[len(self._decodes), :count] = self._runner.works[bucket].ids[:count]
+            self._decodes.append(count)
+        return launched
+
+    def finish(self, launched: UnderWay) -> Computed:
+        computed = self._finish(launched)
+        self.busy += computed.seconds
+        return computed
+
+    def touched(self, decodes: int) -> float:
+        """Experts that a step of so many decodes touched, on average."""
+        steps = [i for i, count in enumerate(self._decodes) if count == decodes]
+        ids = self._ids[:, :, : self._topk].cpu()
+        return statistics.mean(int(ids[i, :decodes].unique().numel()) for i in steps)
+
+
 class Bench:
-    def __init__(
-        self, config: ModelConfig, weights: Weights, stacks: dict[int, ExpertStack] | None, **settings: Any
-    ) -> None:
-        self.config, self.weights, self.stacks = config, weights, stacks or {}
+    """The engine, and requests to it."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, stacks: dict[int, ExpertStack], **settings: Any) -> None:
+        self.config, self.weights, self.stacks = config, weights, stacks
         self._run = Run(set())
         self.engine: Engine = make_engine(config, weights, stacks, self._emit, prefix_cache=False, **settings)
+        assert isinstance(self.engine.runner, GpuRunner)
+        self.runner = self.engine.runner
+        self.watch = Watch(self.runner, config.topk)
         self.engine.start()
 
     def _emit(self, output: StepOutput) -> None:
@@ -93,6 +136,7 @@ class Bench:
             )
             for i in range(concurrency)
         ]
+        self.watch.reset()
         run = self._run = Run({r.request_id for r in requests})
         started = time.perf_counter()
         for request in requests:
@@ -104,31 +148,24 @@ class Bench:
         assert run.tokens == concurrency * outputs, (run.tokens, concurrency * outputs)
         return run.ended - started
 
-    def replay_ms(self, concurrency: int) -> float:
-        """A step's graphs one after another, on what the last run left."""
-        runner = self.engine._runner
-        assert isinstance(runner, GpuRunner)
-        graph = runner.graphs[min(rows for rows in runner.graphs if rows >= concurrency)]
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        found = []
-        for _ in range(5):
-            torch.cuda.synchronize()
-            start.record()
-            for _ in range(10):
+    def profile(self, concurrency: int) -> list[tuple[str, float, float]]:
+        """(kernel, launches a step, us a step) of a decode step's graphs, the longest first."""
+        replays, graph = 5, self.runner.graphs[self.runner.bucket(concurrency)]
+
+        def steps() -> None:
+            for _ in range(replays):
                 graph.forward.replay()
                 graph.random.replay()
-            end.record()
-            end.synchronize()
-            found.append(start.elapsed_time(end) / 10)
-        return statistics.median(found)
 
-    def floor_bytes(self, concurrency: int, context: int) -> tuple[float, int]:
-        """(bytes a step must read, experts touched in the last layer)"""
-        c, runner = self.config, self.engine._runner
-        assert isinstance(runner, GpuRunner)
-        bucket = min(rows for rows in runner.graphs if rows >= concurrency)
-        ids = runner.works[bucket].ids[:concurrency, : c.topk]
-        touched = int(ids.unique().numel())
+        return [(name, count / replays, us / replays) for name, count, us in kernels_of(steps)]
+
+    def profile_prefill(self, inputs: int, concurrency: int) -> list[tuple[str, float, float]]:
+        """The same of all prompts together."""
+        return kernels_of(lambda: self.seconds(inputs, concurrency, 1, 1.0))
+
+    def floor_bytes(self, concurrency: int, context: int, touched: float) -> float:
+        """What a step must read where its layers touch so many routed experts."""
+        c = self.config
         fixed = 0.0
         for layer in self.weights.layers:
             parts = [layer.qkv.a, layer.qkv.b, layer.o, layer.w_uk, layer.w_uv, layer.w_gate]
@@ -140,108 +177,65 @@ class Bench:
         expert = sum(w.data[0].numel() * w.data.itemsize for w in (stack.gate_up, stack.down))
         riding = len(stack.down.data) - c.experts  # shared experts
         experts = len(self.stacks) * (touched + riding) * expert
-        cache = c.layers * concurrency * context * c.latent * 2
-        return fixed + experts + cache, touched
+        return fixed + experts + c.layers * concurrency * context * c.latent * 2
 
 
-def load(
-    folder: Path, config: ModelConfig, *, apart: bool = False, experts: bool = True
-) -> tuple[Weights, dict[int, ExpertStack]]:
-    """`apart`: the shared experts among the worker's own weights, as beside a link."""
+def kernels_of(launches: Callable[[], object]) -> list[tuple[str, float, float]]:
+    """(kernel, launches, us), the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        launches()
+        torch.cuda.synchronize()
+    found = [(e.key, float(e.count), e.self_device_time_total) for e in profiled.key_averages()]
+    return sorted((one for one in found if one[2] > 0), key=lambda one: -one[2])
+
+
+class Peer:
+    """vLLM in a process of its own on the same GPU, idle while we run."""
+
+    def __init__(self, folder: Path, *settings: object) -> None:
+        command = [sys.executable, "-m", "benchmarks.vllm_peer", str(folder), *map(str, settings)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        word, _, seconds = self._answer().partition(" ")
+        assert word == "ready", word
+        progress(f"vLLM ready after {seconds} s")
+
+    def seconds(self, inputs: int, concurrency: int, outputs: int, temperature: float) -> float:
+        assert self._process.stdin is not None
+        print(inputs, concurrency, outputs, temperature, file=self._process.stdin, flush=True)
+        return float(self._answer())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"vLLM ended with {self._process.wait()}; what it said is above")
+        return line.strip()
+
+
+def load(shape: str, layers: int, apart: bool) -> tuple[ModelConfig, Weights, dict[int, ExpertStack]]:
+    """`apart`: the shared experts are the worker's own, as beside a link."""
     started = time.perf_counter()
-    source, stacks = open_source(folder, config, "random"), {}
-    weights = load_weights(config, source, "cuda", shared=apart)
-    for layer in config.moe_layers if experts else ():
-        stacks[layer] = load_stack(
-            config, source, layer, range(config.experts), "cuda", shared=not apart, fp8=config.fp8
-        )  # fmt: skip
-        progress(f"layer {layer}: {torch.cuda.memory_allocated() / 1e9:.1f} GB held")
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_config(shape, layers, Path(folder))
+        config = ModelConfig.load(path, weights="random")
+        source = open_source(path, config, "random")
+        weights = load_weights(config, source, "cuda", shared=apart)
+        stacks = {}
+        for layer in config.moe_layers:
+            stacks[layer] = load_stack(
+                config, source, layer, range(config.experts), "cuda", shared=not apart, fp8=config.fp8
+            )  # fmt: skip
+            progress(f"layer {layer}: {torch.cuda.memory_allocated() / 1e9:.1f} GB held")
     torch.cuda.synchronize()
     progress(f"weights drawn in {time.perf_counter() - started:.1f} s")
-    return weights, stacks
-
-
-@dataclass
-class Point:
-    input: int
-    concurrency: int
-    prefills: list[float] = field(default_factory=list)
-    tpots: list[float] = field(default_factory=list)
-    step: float = 0.0  # of the graphs alone; 0: not measured
-    floor: float = 0.0
-    touched: int = 0
-
-    def line(self, link: str) -> str:
-        tpot, prefill = statistics.median(self.tpots), statistics.median(self.prefills)
-        idle = f"{self.step:.2f} | {max(0.0, 1 - self.step / tpot):.2f}" if self.step else "- | -"
-        return (
-            f"| {link} | {self.input} x {self.concurrency} | {tpot:.2f} | {min(self.tpots):.2f} | {idle} | "
-            f"{self.floor:.2f} | {self.touched} | {prefill:.3f} | {self.input * self.concurrency / prefill:.0f} |"
-        )
-
-
-def measure(bench: Bench, point: Point, outputs: int, rounds: int, temperature: float) -> None:
-    inputs, concurrency = point.input, point.concurrency
-    bench.seconds(inputs, concurrency, 8, temperature)  # warm
-    for _ in range(rounds):
-        point.prefills.append(bench.seconds(inputs, concurrency, 1, temperature))
-        total = bench.seconds(inputs, concurrency, outputs, temperature)
-        point.tpots.append(1e3 * (total - point.prefills[-1]) / (outputs - 1))
-        progress(f"{inputs} x {concurrency}: {point.tpots[-1]:.3f} ms, prefill {point.prefills[-1]:.3f} s")
-
-
-def run_local(folder: Path, config: ModelConfig, arguments: argparse.Namespace, settings: dict) -> list[Point]:
-    ceiling, points = ceilings(), []
-    weights, stacks = load(folder, config, apart=arguments.apart)
-    bench = Bench(config, weights, stacks, **settings)
-    print_head(arguments, config, ceiling["read"])
-    for inputs, concurrency in arguments.points:
-        points.append(point := Point(inputs, concurrency))
-        measure(bench, point, arguments.output, arguments.rounds, arguments.temperature)
-        point.step = bench.replay_ms(concurrency)
-        size, point.touched = bench.floor_bytes(concurrency, inputs)
-        point.floor = size / ceiling["read"] / 1e9
-        print(point.line("local, apart" if arguments.apart else "local"), flush=True)
-    bench.engine.stop()
-    return points
-
-
-def run_split(
-    folder: Path, config: ModelConfig, arguments: argparse.Namespace, settings: dict, local: list[Point]
-) -> list[Point]:
-    """The same with the experts in `shards` processes; the floor is the local run's."""
-    from benchmarks.shards import Shards
-
-    layout = SlabLayout(
-        config.hidden, config.topk, settings["max_batch"], settings["chunk_tokens"], arguments.shards, config.fp8
-    )
-    shards = Shards(folder, layout, buckets(settings["max_batch"]), arguments.shards, weights="random")
-    weights, _ = load(folder, config, apart=True, experts=False)
-    # Their experts lie on this GPU too, and come when this engine has taken its memory.
-    pages = settings["max_batch"] * -(-settings["max_context"] // PAGE)
-    bench = Bench(config, weights, None, links=shards.links, pages=pages, **settings)
-    shards.attach()
-    points = []
-    for before in local:
-        points.append(point := Point(before.input, before.concurrency, floor=before.floor, touched=before.touched))
-        measure(bench, point, arguments.output, arguments.rounds, arguments.temperature)
-        ratio = statistics.median(point.tpots) / statistics.median(before.tpots)
-        print(f"{point.line(f'mailbox, {arguments.shards} shards')} {ratio:.3f}x the local link's", flush=True)
-    bench.engine.stop()
-    shards.close()
-    return points
-
-
-def print_head(arguments: argparse.Namespace, config: ModelConfig, read: float) -> None:
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
-        f"{time.strftime('%Y-%m-%d')}; read ceiling here {read:.2f} TB/s\n"
-        f"{arguments.shape}, {config.layers} layers, {'fp8' if config.fp8 else 'bf16'}, random weights, "
-        f"{arguments.output} output tokens, temperature {arguments.temperature:g}; medians of {arguments.rounds}\n\n"
-        "| link | input x streams | TPOT ms | least | step ms | idle | floor ms | touched | prefill s | tok/s |\n"
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-        flush=True,
-    )
+    return config, weights, stacks
 
 
 def main() -> None:
@@ -254,33 +248,115 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens a step")
+    parser.add_argument("--peer", action="store_true", help="alternate with vLLM, where it can be imported")
+    parser.add_argument("--memory", type=float, default=0.0, help="share of the GPU, default 0.92, beside a peer 0.47")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--apart", action="store_true", help="locally too, compute the shared experts by themselves")
+    parser.add_argument(
+        "--profile", action="store_true", help="list the kernels of a step and of the prompts on stderr"
+    )
+    parser.add_argument("--apart", action="store_true", help="compute the shared experts by themselves, as with a link")
     parser.add_argument("--link", choices=("local", "mailbox"), default="local", help="mailbox: after the local link")
     parser.add_argument("--shards", type=int, default=2, help="processes that hold the experts, with --link mailbox")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    arguments.points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
-    settings = dict(
-        max_batch=max(n for _, n in arguments.points),
-        max_context=max(inputs for inputs, _ in arguments.points) + arguments.output + 64,
-        chunk_tokens=arguments.chunk,
-    )
-    with contextlib.ExitStack() as stack:
-        if arguments.link == "mailbox":
-            stack.enter_context(mps())
-        folder = write_config(
-            arguments.shape, arguments.layers, Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        )
-        config = ModelConfig.load(folder, weights="random")
-        found = {"local": run_local(folder, config, arguments, settings)}
-        if arguments.link == "mailbox":
-            gc.collect()
-            torch.cuda.empty_cache()
-            found["mailbox"] = run_split(folder, config, arguments, settings, found["local"])
+    with mps() if arguments.link == "mailbox" else contextlib.nullcontext():
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
+    ceiling, batch = ceilings(), max(n for _, n in points)
+    context = max(inputs for inputs, _ in points) + arguments.output + 64
+    memory = arguments.memory or (0.47 if arguments.peer else 0.92)
+    config, weights, stacks = load(arguments.shape, arguments.layers, arguments.apart)
+    started = time.perf_counter()
+    settings: dict[str, Any] = dict(max_batch=batch, max_context=context, chunk_tokens=arguments.chunk, memory=memory)
+    bench = Bench(config, weights, stacks, **settings)
+    progress(f"engine ready after {time.perf_counter() - started:.1f} s")
+    peer = None
+    if arguments.peer:
+        folder = write_config(arguments.shape, arguments.layers, Path(tempfile.mkdtemp()))
+        peer = Peer(folder, batch, context, arguments.chunk, memory)
+    print(head(config, arguments, ceiling["read"], stacks), flush=True)
+    rows = []
+    for inputs, concurrency in points:
+        row = measure(bench, peer, inputs, concurrency, arguments)
+        rows.append(row)
+        print(line(bench, row, ceiling["read"]), flush=True)
         if arguments.json:
-            rows = {link: [vars(point) for point in points] for link, points in found.items()}
             arguments.json.write_text(json.dumps(rows, indent=1))
+        if arguments.profile:
+            report(f"decode, {concurrency} streams", bench.profile(concurrency))
+            report(f"prefill of {concurrency} x {inputs}", bench.profile_prefill(inputs, concurrency))
+    bench.engine.stop()
+    if peer is not None:
+        peer.close()
+    if arguments.link == "mailbox":
+        from benchmarks.split import run_split
+
+        stacks.clear()
+        del bench, weights
+        gc.collect()
+        torch.cuda.empty_cache()
+        rows += run_split(arguments, settings, list(rows))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+def measure(bench: Bench, peer: Peer | None, inputs: int, concurrency: int, arguments: argparse.Namespace) -> dict:
+    """Rounds of ours and the peer's in turn."""
+    sides: dict[str, Bench | Peer] = {"ours": bench} | ({"vllm": peer} if peer is not None else {})
+    row: dict = {"input": inputs, "concurrency": concurrency, "busy": [], "touched": 0.0}
+    for name, side in sides.items():
+        side.seconds(inputs, concurrency, 8, arguments.temperature)  # warm
+        row[name] = {"prefill": [], "tpot": []}
+    for _ in range(arguments.rounds):
+        for name, side in sides.items():
+            prefill = side.seconds(inputs, concurrency, 1, arguments.temperature)
+            total = side.seconds(inputs, concurrency, arguments.output, arguments.temperature)
+            row[name]["prefill"].append(prefill)
+            row[name]["tpot"].append(1e3 * (total - prefill) / (arguments.output - 1))
+            if side is bench:
+                row["busy"].append(bench.watch.busy / total)
+                row["touched"] = bench.watch.touched(concurrency)
+            tpot = row[name]["tpot"][-1]
+            progress(f"{inputs} x {concurrency}, {name}: {tpot:.3f} ms, prefill {prefill:.3f} s")
+    return row
+
+
+def head(config: ModelConfig, arguments: argparse.Namespace, read: float, stacks: dict[int, ExpertStack]) -> str:
+    fp8 = isinstance(next(iter(stacks.values())).down, Fp8Blocks)
+    return (
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+        f"{time.strftime('%Y-%m-%d')}; read ceiling here {read:.2f} TB/s\n"
+        f"{arguments.shape}, {config.layers} layers, {'fp8' if fp8 else 'bf16'}, random weights, "
+        f"{arguments.output} output tokens, temperature {arguments.temperature:g}; medians of {arguments.rounds}\n\n"
+        "| input x streams | TPOT ms | least | GPU idle | floor ms | TPOT / floor | touched | prefill s | tok/s | "
+        "vLLM TPOT ms (ours is faster by) | vLLM prefill s |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+    )
+
+
+def line(bench: Bench, row: dict, read: float) -> str:
+    inputs, concurrency = row["input"], row["concurrency"]
+    tpot, prefill = statistics.median(row["ours"]["tpot"]), statistics.median(row["ours"]["prefill"])
+    floor = bench.floor_bytes(concurrency, inputs, row["touched"]) / read / 1e9
+    cells = [
+        f"{inputs} x {concurrency}", f"{tpot:.2f}", f"{min(row['ours']['tpot']):.2f}",
+        f"{1 - statistics.median(row['busy']):.3f}", f"{floor:.2f}", f"{tpot / floor:.2f}", f"{row['touched']:.1f}",
+        f"{prefill:.3f}", f"{inputs * concurrency / prefill:.0f}",
+    ]  # fmt: skip
+    if "vllm" in row:
+        theirs = statistics.median(row["vllm"]["tpot"]), statistics.median(row["vllm"]["prefill"])
+        cells += [f"{theirs[0]:.2f} ({theirs[0] / tpot:.2f}x)", f"{theirs[1]:.3f} ({theirs[1] / prefill:.2f}x)"]
+    else:
+        cells += ["", ""]
+    return f"| {' | '.join(cells)} |"
+
+
+def report(what: str, kernels: list[tuple[str, float, float]]) -> None:
+    progress(f"{what}: {sum(us for _, _, us in kernels) / 1e3:.2f} ms of kernels")
+    for name, launches, us in kernels[:20]:
+        progress(f"  {us:10.1f} us {launches:7.1f} launches  {name[:90]}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
 """The one error tree. A leaf knows its HTTP status, OpenAI `type` and `code`; the code is also the NATS error code.
 
-    MoeculeError
-    ├── ConfigError               the start must end (exit 78): setting, checkpoint or model
-    ├── InvalidRequest            400
-    │   ├── ContextLengthExceeded 400
-    │   ├── ModelNotFound         404
-    │   ├── NotFound              404
-    │   ├── MethodNotAllowed      405
-    │   └── BodyTooLarge          413
-    ├── RequestCancelled          499
-    ├── Overloaded                429
-    ├── InternalError             500
-    └── Unavailable               503
-        ├── NoWorker              no worker can take the request
-        ├── ExpertsUnavailable    some expert lives on no live shard
-        ├── WorkerLost            the worker of a running request is gone
-        ├── Draining              the actor is leaving
-        └── BusUnavailable        NATS cannot be reached
-            ├── NoResponders      nobody listens on the subject
-            └── BusTimeout        nobody answered in time
+MoeculeError
+├── ConfigError               the start must end (exit 78): setting, checkpoint or model
+├── InvalidRequest            400
+│   ├── ContextLengthExceeded 400
+│   ├── ModelNotFound         404
+│   ├── NotFound              404
+│   ├── MethodNotAllowed      405
+│   └── BodyTooLarge          413
+├── RequestCancelled          499
+├── Overloaded                429
+├── InternalError             500
+└── Unavailable               503
+    ├── NoWorker              no worker can take the request
+    ├── ExpertsUnavailable    some expert lives on no live shard
+    ├── WorkerLost            the worker of a running request is gone
+    ├── Draining              the actor is leaving
+    └── BusUnavailable        NATS cannot be reached
+        ├── NoResponders      nobody listens on the subject
+        └── BusTimeout        nobody answered in time
 """
 
 from __future__ import annotations

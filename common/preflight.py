@@ -11,8 +11,6 @@ from urllib.parse import urlsplit
 from common.errors import ConfigError
 from common.settings import Settings, unknown_settings
 
-GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd")
-
 
 def check_all(settings: Settings) -> None:
     check_device(settings)
@@ -22,8 +20,8 @@ def check_all(settings: Settings) -> None:
 
 
 def check_device(settings: Settings) -> None:
-    if settings.device == "cuda" and not any(Path(path).exists() for path in GPU_DEVICES):
-        raise ConfigError("MOECULE_DEVICE is 'cuda', but this machine has no GPU: unset it or use cpu")
+    if settings.device == "cuda" and not any(Path("/dev").glob("nvidia[0-9]*")):
+        raise ConfigError("MOECULE_DEVICE is 'cuda', and this machine shows no NVIDIA GPU: unset it or use cpu")
 
 
 def check_model_folder(settings: Settings) -> None:

@@ -70,6 +70,10 @@ class Settings:
     gpu_memory: float = setting(
         0.92, "share of a GPU's memory that a worker takes; the KV cache gets what is left of it", low=0.05, high=1.0
     )
+    itl_ms: float = setting(
+        0.0, "longest time between two tokens of a running request while prompts are computed; 0: no limit", low=0,
+        unit="ms",
+    )  # fmt: skip
     queue_limit: int = setting(256, "requests a worker holds beside the running ones", low=0, unit="requests")
     prefix_cache: bool = setting(True, "reuse the KV pages of equal prefixes")
     pin: bool = setting(False, "bind each worker and shard to processor cores of its own")

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -55,7 +55,7 @@ def transfer(transfers: Sequence[Transfer], advance: Callable[[int], None], *, t
         in_order = sorted(transfers, key=lambda one: (one.path, one.start))
         chunks = deque(chunk for one in in_order for chunk in _chunks(one, files[one.path]))
         threads = min(threads or (THREADS if device.type == "cuda" else 1), len(chunks))
-        lanes = [_Lane(device) for _ in range(threads)]
+        lanes = [_GpuLane(device) if device.type == "cuda" else _Lane() for _ in range(threads)]
         advance = _one_at_a_time(advance)
         if threads == 1:
             _drain(chunks, lanes[0], advance)
@@ -93,57 +93,63 @@ def _one_at_a_time(advance: Callable[[int], None]) -> Callable[[int], None]:
 def _drain(chunks: deque[_Chunk], lane: _Lane, advance: Callable[[int], None]) -> None:
     """Until none is left; where one fails, the other threads find none left."""
     try:
-        while chunks:
-            try:
-                chunk = chunks.popleft()
-            except IndexError:  # another thread was faster
-                break
-            lane.take(chunk)
-            advance(chunk.size)
-        lane.finish()
+        with lane.open():
+            while chunks:
+                try:
+                    chunk = chunks.popleft()
+                except IndexError:  # another thread was faster
+                    break
+                lane.take(chunk)
+                advance(chunk.size)
     except BaseException:
         chunks.clear()
         raise
 
 
 class _Lane:
-    """One thread's way to the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = None
-        if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device)
-            self.stream.wait_stream(torch.cuda.current_stream(device))  # what was there before may still be in use
-        self._buffers: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+    """One thread's way into memory."""
 
     def take(self, chunk: _Chunk) -> None:
-        if self.stream is None and chunk.dtype is chunk.out.dtype:
+        if chunk.dtype is chunk.out.dtype:
             _read(chunk, chunk.out)
-            return
-        buffer, copied = self._free_buffer()
-        if copied is not None:
+        else:
+            chunk.out.copy_(_read(chunk, torch.empty(chunk.out.shape, dtype=chunk.dtype)))
+
+    def open(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+class _GpuLane(_Lane):
+    """One thread's way to a GPU; its copies are done when it is closed."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # what was there before may still be in use
+        self._buffers: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def take(self, chunk: _Chunk) -> None:
+        if len(self._buffers) < BUFFERS:
+            # A thread that waits for a blocking event leaves its core to those that read.
+            buffer, copied = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True), torch.cuda.Event(blocking=True)
+        else:
+            buffer, copied = self._buffers.popleft()
             copied.synchronize()
-        values = buffer[: chunk.size].view(chunk.dtype)
-        _read(chunk, values)
-        with self._on_stream():
-            chunk.out.copy_(values, non_blocking=self.stream is not None)  # so converted, if it must be, on the GPU
-            self._buffers.append((buffer, None if self.stream is None else self.stream.record_event()))
+        values = _read(chunk, buffer[: chunk.size].view(chunk.dtype))
+        chunk.out.copy_(values, non_blocking=True)  # another dtype's values are so converted by the GPU
+        copied.record()
+        self._buffers.append((buffer, copied))
 
-    def finish(self) -> None:
-        if self.stream is not None:
-            self.stream.synchronize()
-
-    def _free_buffer(self) -> tuple[Tensor, torch.cuda.Event | None]:
-        if len(self._buffers) < (1 if self.stream is None else BUFFERS):
-            return torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.stream is not None), None
-        return self._buffers.popleft()
-
-    def _on_stream(self) -> AbstractContextManager[object]:
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):
+            try:
+                yield
+            finally:
+                self._stream.synchronize()
 
 
-def _read(chunk: _Chunk, into: Tensor) -> None:
-    """`into`: as many bytes of this process's memory."""
+def _read(chunk: _Chunk, into: Tensor) -> Tensor:
+    """Returns `into`, which is as many bytes of this process's memory."""
     view: memoryview = into.view(torch.uint8).numpy().data
     got = 0
     try:
@@ -153,3 +159,4 @@ def _read(chunk: _Chunk, into: Tensor) -> None:
         raise ConfigError(f"{chunk.path} cannot be read: {error.strerror}") from None
     if got < len(view):
         raise ConfigError(f"{chunk.path} ends too early")
+    return into

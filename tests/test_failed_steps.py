@@ -14,6 +14,7 @@ from common.errors import ExpertsUnavailable
 from common.messages import Generate, Sampling, TokenChunk
 from common.model_config import ModelConfig
 from services.gpu_worker.engine import Engine, StepOutput
+from services.gpu_worker.pace import Pace
 from services.gpu_worker.pages import PageAllocator
 from services.gpu_worker.planner import UNKNOWN, Plan, Planner
 from services.gpu_worker.runner import Computed, StepFailed
@@ -72,7 +73,7 @@ def token_of(request_id: str, at: int) -> int:
 class Run:
     def __init__(self, runner: Runner, pages: int, requests: list[Generate]) -> None:
         self.told: dict[str, list[TokenChunk]] = defaultdict(list)
-        planner = Planner(PageAllocator(pages), "m", max_batch=4, chunk_tokens=96, prefix_cache=True)
+        planner = Planner(PageAllocator(pages), "m", max_batch=4, pace=Pace(96), prefix_cache=True)
         sampler = Sampler(CONFIG, max_batch=4, threads=1)
         self.engine = Engine(CONFIG, runner, planner, sampler, self._emit, structlog.get_logger())
         for request in requests:

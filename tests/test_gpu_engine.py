@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import DeepseekV3ForCausalLM
 
 from common.messages import Generate, Sampling, TokenChunk
 from common.model_config import ModelConfig
@@ -18,6 +20,7 @@ from common.source import open_source
 from services.expert_shard.stacks import load_stack
 from services.gpu_worker.engine import Engine, StepOutput
 from services.gpu_worker.weights import load_weights
+from tests.test_loading import write_fp8
 from tests.tiny_models import make_model, write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -48,7 +51,7 @@ class Served:
         weights = load_weights(config, source, "cuda", shared=False)
         kind = dict(max_batch=8, max_context=640, chunk_tokens=256, prefix_cache=True, pages=128) | settings
         self._make(config, weights, stacks, kind)
-        self.engine._runner.overlaps = overlaps
+        self.engine.runner.overlaps = overlaps
         self.engine.start()
 
     def _make(self, config: ModelConfig, weights: Any, stacks: Any, settings: dict[str, Any]) -> None:
@@ -106,10 +109,22 @@ def reference(theirs: torch.nn.Module, tokens: list[int]) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def test_prefill_and_decode_agree_with_transformers(checkpoint: tuple[Path, torch.nn.Module]) -> None:
-    """Teacher-forced by prompt_logprobs for the prefill, by the sampled tokens' own logprobs for the decodes."""
+@pytest.mark.parametrize("kind", [{}, {"fp8_cache": True}], ids=["bf16 cache", "fp8 cache"])
+def test_prefill_and_decode_agree_with_transformers(checkpoint: tuple[Path, torch.nn.Module], kind: dict) -> None:
     folder, theirs = checkpoint
-    served = Served(folder, chunk_tokens=128)
+    assert error_of_logprobs(Served(folder, chunk_tokens=128, **kind), theirs) < LIMIT
+
+
+def test_a_checkpoint_in_fp8_agrees_with_its_dequantised_weights(tmp_path: Path) -> None:
+    kept = write_fp8("v3-like", tmp_path / "model", **WIDTHS | SHAPES["v3-like"])
+    wide = write_checkpoint(make_model("v3-like", **WIDTHS | SHAPES["v3-like"]), tmp_path / "wide")
+    save_file(kept, wide / "model.safetensors", metadata={"format": "pt"})
+    theirs = DeepseekV3ForCausalLM.from_pretrained(wide)
+    assert error_of_logprobs(Served(tmp_path / "model", chunk_tokens=128), theirs.cuda().eval()) < LIMIT
+
+
+def error_of_logprobs(served: Served, theirs: torch.nn.Module) -> float:
+    """RMS over RMS, teacher-forced: by prompt_logprobs for the prefill, by the sampled tokens' own for the decodes."""
     given = prompts(5, 150, 640)
     found = served.run(
         *(ask(f"r{i}", p, max_tokens=24, temperature=1.0, seed=i, logprobs=3, prompt_logprobs=0, ignore_eos=True)
@@ -131,7 +146,7 @@ def test_prefill_and_decode_agree_with_transformers(checkpoint: tuple[Path, torc
             ours.append(chunk.logprobs[0].logprob)
             want.append(theirs_logs[len(prompt) + at - 1, tokens[at]])
     got, expected = torch.tensor(ours), torch.stack(want).cpu()
-    assert float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt()) < LIMIT
+    return float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 def test_overlapping_changes_no_token() -> None:
@@ -198,4 +213,3 @@ def test_a_row_does_not_depend_on_overlap_or_neighbours_sampling(sampling: dict[
     assert runs[0] == runs[1]
     if "logit_bias" in sampling:
         assert set(runs[0][-1]) == {17}
-

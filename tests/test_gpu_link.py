@@ -52,13 +52,13 @@ class Local(Steady):
         stacks = stacks_of(config, source, range(config.experts), shared=False, fp8=experts_fp8)
         self._make(config, load_weights(config, source, "cuda"), stacks, KIND | settings)
         self.sizes: set[int] = set()  # rows of its prefills
-        passed = self.engine._runner._prefill
+        passed = self.engine.runner._prefill
 
         def noted(chunks: Any, sampled: Any) -> Any:
             self.sizes.add(sum(chunk.rows for chunk in chunks))
             return passed(chunks, sampled)
 
-        self.engine._runner._prefill = noted
+        self.engine.runner._prefill = noted
 
 
 class Linked(Steady):
@@ -83,7 +83,7 @@ class Linked(Steady):
         # One process is one context: a kernel that is loaded while others wait in it waits for them.
         for rows in sorted(warm):
             self.links.rehearse(rows)
-            largest_prefill(self.engine._runner._model, rows, kind["max_context"], False)
+            largest_prefill(self.engine.runner._model, rows, kind["max_context"], False)
         torch.cuda.synchronize()
         self.links.start()
 

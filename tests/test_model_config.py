@@ -34,6 +34,8 @@ V2_LITE: dict[str, Any] = V3 | json.loads("""{
   "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
                    "original_max_position_embeddings": 4096, "type": "yarn"}}""")
 
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
 
 def load(folder: Path, fields: dict[str, Any], **changes: Any) -> ModelConfig:
     fields = {name: value for name, value in (fields | changes).items() if value != "missing"}
@@ -67,6 +69,13 @@ def test_both_spellings_of_rope_mean_the_same(tmp_path: Path, fields: dict[str, 
     published = load(tmp_path, fields)
     rewritten = load(tmp_path, fields, rope_scaling="missing", rope_theta="missing", rope_parameters=parameters)
     assert replace(rewritten, fingerprint="") == replace(published, fingerprint="")
+
+
+def test_fp8_as_deepseek_publishes_it(tmp_path: Path) -> None:
+    assert load(tmp_path, V3, quantization_config=FP8).fp8
+    assert load(tmp_path, V3, quantization_config=FP8 | {"scale_fmt": "ue8m0"}).fp8
+    assert not load(tmp_path, V3).fp8
+    assert not load(tmp_path, V3, quantization_config=None).fp8
 
 
 def test_end_tokens_of_both_files_once_each(tmp_path: Path) -> None:
@@ -111,6 +120,10 @@ def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "RoPE of type linear is not supported"),
         ({"rope_scaling": {"type": "yarn"}}, "field factor of the YaRN RoPE is missing"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config .* is not supported"),
+        ({"quantization_config": FP8 | {"quant_method": "awq"}}, "quantization_config .*awq.* is not supported"),
+        ({"quantization_config": FP8 | {"weight_block_size": [1, 128]}}, r"quantization_config .*\[1, 128\].* is not"),
+        ({"quantization_config": FP8 | {"fmt": "e5m2"}}, "quantization_config .*e5m2.* is not supported"),
+        ({"quantization_config": FP8 | {"activation_scheme": "static"}}, "quantization_config .*static.* is not"),
         ({"scoring_func": "softmax"}, "topk_method noaux_tc with scoring_func softmax is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
         ({"n_group": 7}, "n_routed_experts 256 is no multiple of n_group 7"),

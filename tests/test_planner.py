@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from common.messages import Generate, Sampling, TokenLogprobs
 from common.pages import PAGE, page_hashes
+from services.gpu_worker.pace import Pace
 from services.gpu_worker.pages import PageAllocator
 from services.gpu_worker.planner import Planner
 
@@ -21,7 +22,7 @@ def request(
 
 
 def planner(pages: int = 16, *, max_batch: int = 4, chunk: int = 100, prefix_cache: bool = True) -> Planner:
-    return Planner(PageAllocator(pages), "m", max_batch=max_batch, chunk_tokens=chunk, prefix_cache=prefix_cache)
+    return Planner(PageAllocator(pages), "m", max_batch=max_batch, pace=Pace(chunk), prefix_cache=prefix_cache)
 
 
 def step(p: Planner, token: int = 7) -> list[tuple[str, int, int]]:

@@ -31,10 +31,13 @@ def shape_name(topk: int, held: int, hidden: int, inter: int, fp8: bool) -> str:
 
 
 def tile_for(
-    tokens: int, topk: int, held: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype = torch.bfloat16
-) -> Tile:
-    """What was measured best, else the static rule."""
-    if takes_one_launch(tokens, topk, hidden, inter, fp8, dtype):
+    tokens: int, topk: int, held: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype = torch.bfloat16,
+    shared: int = 0,
+) -> Tile:  # fmt: skip
+    """What was measured best, else the static rule. `shared` of the held ones are every token's, and of its topk: the
+    rest decides."""
+    topk, held = topk - shared, held - shared
+    if takes_one_launch(tokens, topk + shared, hidden, inter, fp8, dtype):
         return one_launch(6 if fp8 else 13)
     measured: Tile | None = measured_tile(Path(__file__).parent, shape_name(topk, held, hidden, inter, fp8), tokens)
     return measured or tile_rule(tokens, topk, held, hidden, inter, fp8)

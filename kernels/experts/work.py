@@ -32,15 +32,17 @@ class ExpertWork:
         device: torch.device | str,
         dtype: torch.dtype = torch.bfloat16,
         tile: Mapping[str, Any] | None = None,
+        shared: int = 0,
     ) -> ExpertWork:
-        """`fp8`: of the activations between the two products; `dtype`: of the rows, and of those if not `fp8`."""
+        """`fp8`: of the activations between the two products; `dtype`: of the rows, and of those if not `fp8`;
+        `shared`: how many of `held` and `topk` every token chooses."""
         pairs, coded = tokens * topk, torch.float8_e4m3fn
         if torch.device(device).type == "cuda":
             from kernels.experts.tiles import tile_for
             from kernels.target import current
 
             coded = current().fp8
-            tile = tile or tile_for(tokens, topk, held, hidden, inter, fp8, dtype)
+            tile = tile or tile_for(tokens, topk, held, hidden, inter, fp8, dtype, shared)
         tile = tile or {"rows": 16}
         act: Tensor | Fp8Rows
         if fp8:

@@ -115,8 +115,9 @@ class ExpertShard(Actor):
 
     def _open_checkpoint(self) -> tuple[ModelConfig, ExpertStore]:
         torch.set_num_threads(self.settings.threads)
-        config = ModelConfig.load(self.settings.model, self.settings.weights)
-        store = ExpertStore(config, open_source(self.settings.model, config, self.settings.weights))
+        model, weights = self.settings.model, self.settings.weights
+        config = ModelConfig.load(model, weights)
+        store = ExpertStore(config, open_source(model, config, weights))
         store.check()
         return config, store
 

@@ -48,6 +48,7 @@ from services.gpu_worker.links import ExpertLinks
 from services.gpu_worker.membership import Membership
 from services.gpu_worker.metrics import WorkerMetrics
 from services.gpu_worker.model import Model
+from services.gpu_worker.pace import Pace
 from services.gpu_worker.pages import PageAllocator
 from services.gpu_worker.planner import Planner
 from services.gpu_worker.runner import CpuRunner
@@ -175,7 +176,7 @@ class Worker(Actor):
             PageAllocator(settings.kv_pages or default_pages(self.config)),
             self.config.fingerprint,
             max_batch=settings.max_batch,
-            chunk_tokens=settings.chunk_tokens,
+            pace=Pace(settings.chunk_tokens, settings.itl_ms / 1e3),
             prefix_cache=settings.prefix_cache,
         )
         sampler = Sampler(self.config, max_batch=settings.max_batch, threads=settings.threads)

@@ -70,7 +70,7 @@ class Engine:
     ) -> None:
         self.config = config
         self.planner = planner
-        self._runner = runner
+        self.runner = runner
         self._sampler = sampler
         self._under_way: Step | None = None
         self._told = time.perf_counter()  # when the last step ended
@@ -154,7 +154,7 @@ class Engine:
             chunks, before = self._finish(before), None
         if plan := self.planner.plan():
             self._under_way = self._launch(plan)
-        if not self._runner.overlaps:
+        if not self.runner.overlaps:
             before, self._under_way = self._under_way, None
         if before is not None:
             chunks = self._finish(before)
@@ -168,7 +168,7 @@ class Engine:
 
     def _launch(self, plan: Plan) -> Step | None:
         try:
-            launched = self._runner.launch(plan)
+            launched = self.runner.launch(plan)
         except ExpertsUnavailable as error:
             # Whoever waits would meet the same hole: answer all, nothing hangs.
             self._end(tuple(self._live), error)
@@ -178,11 +178,12 @@ class Engine:
 
     def _finish(self, step: Step) -> dict[str, list[TokenChunk]]:
         try:
-            computed = self._runner.finish(step.launched)
+            computed, planner = self.runner.finish(step.launched), self.planner
         except StepFailed as failed:
             self._undo(step, failed)
             return {}
-        self.planner.publish(step.plan)
+        planner.pace.learn(len(step.plan.decodes), sum(c.rows for c in step.plan.prefills), computed.seconds)
+        planner.publish(step.plan)
         return self._take_in(step.plan, computed)
 
     def _undo(self, step: Step, failed: StepFailed) -> None:
@@ -190,7 +191,7 @@ class Engine:
         behind, self._under_way = self._under_way, None
         self._log.warning("a step failed and runs again", why=str(failed), rows=len(step.plan.chunks))
         if behind is not None:
-            self._runner.discard(behind.launched)
+            self.runner.discard(behind.launched)
             self.planner.undo(behind.plan)
         self.planner.undo(step.plan)
 

@@ -68,6 +68,7 @@ class GpuWorker(Worker):
             pages=settings.kv_pages,
             fp8_cache=settings.kv_cache == "fp8",
             memory=settings.gpu_memory,
+            itl=settings.itl_ms / 1e3,
             links=links,
             log=self.log,
         )

@@ -14,6 +14,7 @@ from services.gpu_worker.batch import Batch, Chunk
 from services.gpu_worker.engine import Engine, StepOutput
 from services.gpu_worker.graphs import GpuRunner, StepLinks, buckets
 from services.gpu_worker.model import Model, Stack
+from services.gpu_worker.pace import Pace
 from services.gpu_worker.pages import PageAllocator
 from services.gpu_worker.planner import Planner
 from services.gpu_worker.sampler import Sampler
@@ -35,11 +36,13 @@ def make_engine(
     pages: int = 0,
     fp8_cache: bool = False,
     memory: float = 0.92,
+    itl: float = 0.0,
     links: StepLinks | None = None,
     log: FilteringBoundLogger | None = None,
 ) -> Engine:
     """With the routed experts in this process, as `stacks`, or behind `links`. `pages`: of the KV cache; 0: what is
-    left of `memory`, the share of the GPU that this process may take, less what its shards may set aside on it."""
+    left of `memory`, the share of the GPU that this process may take, less what its shards may set aside on it. `itl`:
+    seconds, of Pace."""
     log = log or structlog.get_logger()
     torch.set_grad_enabled(False)
     model = Model(config, weights, stacks=stacks, device_link=links.device if links else None)
@@ -54,7 +57,7 @@ def make_engine(
     runner.capture()
     log.info("decode graphs", buckets=sorted(runner.graphs))
     planner = Planner(
-        PageAllocator(pages), config.fingerprint, max_batch=max_batch, chunk_tokens=chunk_tokens,
+        PageAllocator(pages), config.fingerprint, max_batch=max_batch, pace=Pace(chunk_tokens, itl),
         prefix_cache=prefix_cache,
     )  # fmt: skip
     return Engine(config, runner, planner, sampler, emit, log)

@@ -8,7 +8,9 @@ names it is under way: the newer one's writes come later.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from collections.abc import Sequence as Many
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +31,7 @@ from services.gpu_worker.scoring import Scored, score_prompts
 from services.gpu_worker.step import build_batch
 from services.gpu_worker.work import Work
 
+COMPILING = 8  # threads
 IN_FLIGHT = 2  # steps whose inputs and results the host keeps
 
 
@@ -105,6 +108,18 @@ class BlockTable:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """A bucket's launches before they are captured."""
+
+    rows: int
+    work: Work
+    logits: Tensor  # [rows, vocab]
+    forward: Callable[[], None]
+    greedy: Callable[[], None]
+    random: Callable[[], None]
+
+
+@dataclass(frozen=True)
 class DecodeGraph:
     """One bucket's. `sample` is captured twice: all greedy, and not."""
 
@@ -125,6 +140,7 @@ class UnderWay:
     logs: list[tuple[tuple[int, ...], tuple[Sequence, ...], Logprobs]]  # (places in samples, they, what they asked for)
     scored: list[Scored]
     ok: Tensor  # int32 [1], pinned: 0 if a shard did not answer
+    began: torch.cuda.Event
     done: torch.cuda.Event
 
 
@@ -153,9 +169,34 @@ class GpuRunner:
 
     def capture(self, sizes: Many[int] | None = None) -> None:
         """All decode graphs, the largest first: the smaller ones' scratch lies in what it took."""
-        for rows in sorted(sizes or buckets(self._max_batch), reverse=True):
-            self.graphs[rows] = self._capture(rows)
+        prepared = [self._prepare(rows) for rows in sorted(sizes or buckets(self._max_batch), reverse=True)]
+        self._blank(self._max_batch)
+        self._compile(prepared)
+        for one in prepared:
+            self.works[one.rows] = one.work
+            forward, greedy, random = (self._graph(launch) for launch in (one.forward, one.greedy, one.random))
+            self.graphs[one.rows] = DecodeGraph(forward, greedy, random, one.logits, one.work.x)
         torch.cuda.synchronize()
+
+    def _compile(self, prepared: Many[Prepared]) -> None:
+        """Run all of them once, several at a time: what is not in Triton's cache compiles on all processors. They meet
+        in scratch that launches expect zeroed, so that is put right afterwards."""
+
+        def run(one: Prepared) -> None:
+            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+                for launch in (one.forward, one.greedy, one.random):
+                    launch()
+                torch.cuda.current_stream().synchronize()
+
+        torch.cuda.synchronize()
+        with ThreadPoolExecutor(min(COMPILING, len(prepared))) as pool:
+            list(pool.map(run, prepared))
+        self._model.reset_scratch()
+        torch.cuda.synchronize()
+
+    def bucket(self, rows: int) -> int:
+        """The size of the graph that takes so many decodes."""
+        return min(size for size in self.graphs if size >= rows)
 
     # ---- a step
 
@@ -163,6 +204,8 @@ class GpuRunner:
         if self._links is not None:
             self._links.begin_step()
         self._turn = (self._turn + 1) % IN_FLIGHT
+        began = torch.cuda.Event(enable_timing=True)
+        began.record()
         sampled, row_of = plan.sampled, dict[Sequence, int]()
         place = {id(sequence): i for i, sequence in enumerate(sampled)}
         logs: list[tuple[tuple[int, ...], tuple[Sequence, ...], Logprobs]] = []
@@ -186,9 +229,9 @@ class GpuRunner:
         ok = self._oks[self._turn]
         if self._links is not None:
             ok.copy_(self._links.device.peers.ok, non_blocking=True)
-        done = torch.cuda.Event(blocking=True)
+        done = torch.cuda.Event(blocking=True, enable_timing=True)
         done.record()
-        return UnderWay(sampled, rows, host, logs, scored, ok, done)
+        return UnderWay(sampled, rows, host, logs, scored, ok, began, done)
 
     def finish(self, launched: UnderWay) -> Computed:
         if not self._ended(launched):
@@ -198,7 +241,8 @@ class GpuRunner:
         for places, sequences, logs in launched.logs:
             told = Sampled.of(sequences, [], logs).logprobs
             logprobs |= {places[row]: found for row, found in told.items() if places[row] >= 0}
-        return Computed(Sampled([tokens[row] for row in launched.rows], logprobs), launched.scored)
+        seconds = launched.began.elapsed_time(launched.done) / 1e3
+        return Computed(Sampled([tokens[row] for row in launched.rows], logprobs), launched.scored, seconds)
 
     def discard(self, launched: UnderWay) -> None:
         self._ended(launched)
@@ -219,7 +263,7 @@ class GpuRunner:
 
     def _decode(self, chunks: tuple[Chunk, ...], sequences: tuple[Sequence, ...]) -> tuple[Logprobs | None, Tensor]:
         count = len(chunks)
-        bucket = min(rows for rows in self.graphs if rows >= count)
+        bucket = self.bucket(count)
         self._tell(chunks, bucket)
         graph, mask = self.graphs[bucket], self._sampler.begin(sequences)
         if self._links is not None:
@@ -261,9 +305,8 @@ class GpuRunner:
             host[name][len(column) : bucket] = padding
         self._inputs.send(turn)
 
-    def _capture(self, rows: int) -> DecodeGraph:
+    def _prepare(self, rows: int) -> Prepared:
         given, work = self._inputs.on_device, self._model.new_work(rows, decodes=rows, fp8_cache=self._fp8_cache)
-        self.works[rows] = work
         batch = Batch(
             tokens=given["tokens"][:rows],
             positions=given["positions"][:rows],
@@ -279,17 +322,17 @@ class GpuRunner:
         names = ("temperature", "top_k", "top_p", "min_p", "seed", "at")
         params = SampleParams(*(given[name][:rows] for name in names))
         out = self._sampled[:rows]
-        self._blank(rows)
 
         def forward() -> None:
             self._model.logits(self._model.hidden(batch, self._cache, work), out=logits)
 
-        return DecodeGraph(
-            self._graph(forward),
-            self._graph(lambda: self._sampler.plain_sample(logits, None, out)),
-            self._graph(lambda: self._sampler.plain_sample(logits, params, out)),
+        return Prepared(
+            rows,
+            work,
             logits,
-            work.x,
+            forward,
+            greedy=lambda: self._sampler.plain_sample(logits, None, out),
+            random=lambda: self._sampler.plain_sample(logits, params, out),
         )
 
     def _blank(self, rows: int) -> None:
@@ -300,7 +343,7 @@ class GpuRunner:
         self._inputs.send(0)
 
     def _graph(self, launch: Any) -> torch.cuda.CUDAGraph:
-        launch()  # compiles what is not compiled yet
+        launch()  # libraries choose and allocate here, on the stream's own account
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         gc.disable()  # a collection in the middle may free tensors, which a capture forbids

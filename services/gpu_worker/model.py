@@ -249,7 +249,7 @@ class Model:
             stack = next(iter(self.stacks.values()))
             experts = ExpertWork.empty(
                 rows, c.topk + self._riding, len(stack.down.data), c.hidden, c.moe_inter,
-                isinstance(stack.down, Fp8Blocks), "cuda", dtype,
+                isinstance(stack.down, Fp8Blocks), "cuda", dtype, shared=self._riding,
             )  # fmt: skip
         q_low: Tensor | Fp8Rows | None = None
         if c.q_lora:
@@ -275,6 +275,10 @@ class Model:
             coded=rows8(c.hidden) if any_fp8 else None,
             attended=rows8(c.heads * c.v_dim) if self.fp8 else None,
         )
+
+    def reset_scratch(self) -> None:
+        """As launches find and leave it, after passes that ran at the same time."""
+        self._linear_scratch().tickets.zero_()
 
     def _linear_scratch(self) -> LinearScratch:
         """One serves all passes: they are on one stream."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from common.messages import Generate, TokenLogprobs
 from common.pages import PAGE, extend_hashes
+from services.gpu_worker.pace import Pace
 from services.gpu_worker.pages import PageAllocator
 
 if TYPE_CHECKING:
@@ -117,11 +118,11 @@ class Planner:
     cache, so some request always advances.
     """
 
-    def __init__(self, allocator: PageAllocator, model: str, *, max_batch: int, chunk_tokens: int, prefix_cache: bool):
+    def __init__(self, allocator: PageAllocator, model: str, *, max_batch: int, pace: Pace, prefix_cache: bool) -> None:
         self.allocator = allocator
         self.model = model
         self.max_batch = max_batch
-        self.chunk_tokens = chunk_tokens
+        self.pace = pace
         self.prefix_cache = prefix_cache
         self.running: list[Sequence] = []  # oldest first
         self.preempted: deque[Sequence] = deque()  # oldest first, ahead of all that wait
@@ -165,7 +166,7 @@ class Planner:
 
     def plan(self) -> Plan:
         decodes, prefills = [], []
-        budget = self.chunk_tokens
+        budget = self.pace.tokens(sum(len(s.tokens) - s.computed == 1 for s in self.running))
         for sequence in list(self.running):
             left = len(sequence.tokens) - sequence.computed
             if sequence not in self.running or sequence.full:

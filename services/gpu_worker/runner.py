@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ class Computed:
 
     sampled: Sampled  # of plan.samples
     scored: list[Scored] = field(default_factory=list)
+    seconds: float = 0.0  # that the step took, on the device where there is one
 
 
 class Runner(Protocol):
@@ -56,6 +58,7 @@ class CpuRunner:
     def launch(self, plan: Plan) -> Computed:
         """A peer that dies fails the step, which then runs again from its start with a live copy (experts are pure and
         KV rows are overwritten in place)."""
+        started = time.perf_counter()
         model, batch, mask = self._model, build_batch(plan), self._sampler.begin(plan.sampled)
         assert model.link is not None
         while True:
@@ -65,7 +68,8 @@ class CpuRunner:
                 logits = model.logits(hidden, batch.logit_rows)
                 out = torch.empty(len(logits), dtype=torch.int64)
                 logs = self._sampler.sample(plan.sampled, logits, out, mask)
-                return Computed(Sampled.of(plan.sampled, out.tolist(), logs), score_prompts(model, plan, hidden))
+                sampled = Sampled.of(plan.sampled, out.tolist(), logs)
+                return Computed(sampled, score_prompts(model, plan, hidden), time.perf_counter() - started)
             except PeerLost as lost:
                 self._log.warning("a shard was lost in mid step", shard=lost.shard_id)
 
