@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.actor import running
+from common.device import on_gpu
 from common.errors import BusTimeout, MoeculeError, NoResponders
 from common.memory_bus import MemoryBroker, MemoryBus
 from common.messages import (
@@ -50,6 +51,7 @@ def _shard_process(link: Connection, settings: Settings, shard_id: str) -> None:
 async def _serve(link: Connection, settings: Settings, shard_id: str) -> None:
     from services.expert_shard.gpu_actor import GpuExpertShard
 
+    on_gpu(settings)
     broker = MemoryBroker()
     bus = MemoryBus(broker)
     await bus.connect()

@@ -74,6 +74,7 @@ class LinksInProcess:
             self.peers.append(GpuPeer(f"s{index}", "b", index, slab.address, doorbell, theirs, aborts))
         entries = {peer.shard_id: ShardEntry("b", "n") for peer in self.peers}
         self._map = ExpertMap(version=1, model="", partitions=config.partitions, owners=tuple(owners), shards=entries)
+        self._table = make_table(self._map, self.peers, config.experts, "w")
         torch.cuda.synchronize()
 
     def rehearse(self, rows: int) -> None:
@@ -97,8 +98,10 @@ class LinksInProcess:
 
     def begin_step(self) -> None:
         def pick() -> Table:
-            table = make_table(self._map, self.peers, self._config.experts, "w")
             why = {peer.shard_id: peer.lost for peer in self.peers if peer.lost}
+            table = self._table
+            if why:
+                table = make_table(self._map, self.peers, self._config.experts, "w")
             if reason := missing_reason(table.missing, self._config.partitions, why):
                 raise ExpertsUnavailable(reason)
             return table

@@ -26,8 +26,6 @@ class GpuExpertShard(ExpertShard):
     server: GpuServer  # type: ignore[assignment]
 
     async def start(self) -> None:
-        # Kernels of several workers wait on it at a time: they must not share one of the GPU's few default queues.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         self._attaching = asyncio.Lock()  # one captures at a time
         await super().start()
 

@@ -13,6 +13,8 @@ from kernels.link import Peers, Region, SlabLayout, views
 from kernels.link.views import SENT, STEP
 from kernels.quant import Fp8Rows
 
+IN_FLIGHT = 2  # steps whose owners the host keeps until they are copied
+
 
 class DeviceLink:
     """Dispatch and wait, by the kernels of kernels/link.
@@ -29,6 +31,9 @@ class DeviceLink:
         self.layout, self.reply = layout, reply
         self.peers = Peers.empty(layout.peers, int(bound * 1e9), reply.device)
         self.owner = torch.full((experts,), -1, dtype=torch.int32, device=reply.device)
+        pinned = reply.is_cuda
+        self._told = [torch.empty(experts, dtype=torch.int32, pin_memory=pinned) for _ in range(IN_FLIGHT)]
+        self._turn = 0
         self._replies = views.replies(reply, layout)
         self._order = {layer: order for order, layer in enumerate(moe_layers)}
 
@@ -75,9 +80,9 @@ class DeviceLink:
 
     def set_owner(self, owner: np.ndarray) -> None:
         """int32 [experts]: the peer that is asked for each expert, -1: nobody."""
-        told = torch.from_numpy(np.ascontiguousarray(owner, dtype=np.int32))
-        if self.reply.is_cuda:
-            told = told.pin_memory()  # kept from reuse until it is copied
+        self._turn = (self._turn + 1) % IN_FLIGHT
+        told = self._told[self._turn]
+        told.copy_(torch.from_numpy(np.ascontiguousarray(owner, dtype=np.int32)))
         self.owner.copy_(told, non_blocking=True)
 
     def behind(self) -> list[int]:

@@ -21,7 +21,7 @@ from common.doorbell import Doorbell, Order
 from common.errors import ExpertsUnavailable
 from common.futex import Bell
 from common.mailbox import HandshakeError, boot_word
-from common.messages import Attach, Attached, GpuMailbox, ShardEntry
+from common.messages import Attach, Attached, ExpertMap, GpuMailbox, ShardEntry
 from common.model_config import ModelConfig
 from kernels.link import SlabLayout, views
 from kernels.link.ipc import CudaError, DeviceMemory, HostWords
@@ -59,6 +59,7 @@ class GpuLinks(Membership):
         self._aborts = HostWords(layout.peers)
         self._indices = deque(range(layout.peers))  # those longest unused first
         self._holders: dict[int, GpuPeer | None] = {}  # None: its handshake is under way
+        self._ranks: dict[str, int] = {}
 
     # ---- the engine's thread
 
@@ -99,7 +100,7 @@ class GpuLinks(Membership):
             raise HandshakeError("is on another node, which a worker on a GPU has no link to yet")
         if not attached.socket or attached.layout != LAYOUT:
             raise HandshakeError(f"it offers no mailbox of layout {LAYOUT} on a GPU")
-        index = self._take_index()
+        index = self._take_index(self._ranks.get(shard_id, 0))
         try:
             peer = await self._connect_as(index, shard_id, attached)
         except BaseException:
@@ -137,16 +138,25 @@ class GpuLinks(Membership):
             raise
         return memory
 
-    def _take_index(self) -> int:
-        """A row of the device's table: one that no shard has, nor a kernel under way."""
-        for index in self._indices:
-            holder = self._holders.get(index)
-            if index not in self._holders or (holder is not None and holder.freed):
-                self._indices.remove(index)
-                self._indices.append(index)
-                self._holders[index] = None
-                return index
-        raise HandshakeError(f"this worker has room for {len(self._indices)} shards (MOECULE_LINK_SHARDS)")
+    async def _attach_missing(self, expert_map: ExpertMap) -> bool:
+        self._ranks = {shard_id: rank for rank, shard_id in enumerate(sorted(expert_map.shards))}
+        return await super()._attach_missing(expert_map)
+
+    def _take_index(self, rank: int) -> int:
+        """A row of the device's table: one that no shard has, nor a kernel under way. If it can be, in the order of
+        the shards' ids, which is then that of the sums."""
+        free = [index for index in self._indices if self._is_free(index)]
+        if not free:
+            raise HandshakeError(f"this worker has room for {len(self._indices)} shards (MOECULE_LINK_SHARDS)")
+        index = rank if rank in free else free[0]
+        self._indices.remove(index)
+        self._indices.append(index)
+        self._holders[index] = None
+        return index
+
+    def _is_free(self, index: int) -> bool:
+        holder = self._holders.get(index)
+        return index not in self._holders or (holder is not None and holder.freed)
 
 
 def device_id() -> str:

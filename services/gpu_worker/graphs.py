@@ -362,9 +362,10 @@ class GpuRunner:
         batch = _to_gpu(build_batch(plan))
         context = sum(chunk.end for chunk in chunks)
         model, mask = self._model, self._sampler.begin(prompts)
+        work = self._work(len(batch.tokens), context)
         if self._links is not None:
             self._links.ring(len(batch.tokens), prefill=True)
-        hidden = model.hidden(batch, self._cache, self._work(len(batch.tokens), context))
+        hidden = model.hidden(batch, self._cache, work)
         if not prompts:
             return None, hidden
         logits = model.logits(hidden, batch.logit_rows)
