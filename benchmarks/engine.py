@@ -2,15 +2,20 @@
 
 python -m benchmarks.engine --shape v2-lite --points 1024x4,1024x16,1024x64,8192x4 --output 1024 --rounds 5
 python -m benchmarks.engine --shape r1 --layers 11 --output 192
+python -m benchmarks.engine --points 1024x16,1024x64 --link mailbox --shards 2
 
 TPOT = (time of a run - time of the same run with one output token) / (output - 1), the whole batch submitted at once.
 The floor counts the bytes that a step must read: all weights but the routed experts' that no token chose (counted in
 the last layer, in every step), and the cache at the starting context.
+
+`--link mailbox`: then the same with the experts in processes of their own, all on this GPU under MPS.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import random
 import statistics
@@ -28,6 +33,7 @@ import torch
 import triton
 
 from benchmarks.kernels.timing import ceilings
+from benchmarks.link_rig import mps
 from benchmarks.shapes import SHAPES, write_config
 from common.messages import Generate, Sampling
 from common.model_config import ModelConfig
@@ -163,13 +169,14 @@ class Bench:
         fixed = 0.0
         for layer in self.weights.layers:
             parts = [layer.qkv.a, layer.qkv.b, layer.o, layer.w_uk, layer.w_uv, layer.w_gate]
-            if layer.index not in self.stacks and layer.mlp is not None:
+            if layer.mlp is not None:
                 parts += [layer.mlp.gate_up, layer.mlp.down]
             fixed += sum(part.data.numel() * part.data.itemsize for part in parts if part is not None)
         fixed += self.weights.head.numel() * self.weights.head.itemsize
         stack = next(iter(self.stacks.values()))
         expert = sum(w.data[0].numel() * w.data.itemsize for w in (stack.gate_up, stack.down))
-        experts = len(self.stacks) * (touched + c.shared_experts) * expert
+        riding = len(stack.down.data) - c.experts  # shared experts
+        experts = len(self.stacks) * (touched + riding) * expert
         return fixed + experts + c.layers * concurrency * context * c.latent * 2
 
 
@@ -212,17 +219,18 @@ class Peer:
         return line.strip()
 
 
-def load(shape: str, layers: int) -> tuple[ModelConfig, Weights, dict[int, ExpertStack]]:
+def load(shape: str, layers: int, apart: bool) -> tuple[ModelConfig, Weights, dict[int, ExpertStack]]:
+    """`apart`: the shared experts are the worker's own, as beside a link."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = write_config(shape, layers, Path(folder))
         config = ModelConfig.load(path, weights="random")
         source = open_source(path, config, "random")
-        weights = load_weights(config, source, "cuda", shared=False)
+        weights = load_weights(config, source, "cuda", shared=apart)
         stacks = {}
         for layer in config.moe_layers:
             stacks[layer] = load_stack(
-                config, source, layer, range(config.experts), "cuda", shared=True, fp8=config.fp8
+                config, source, layer, range(config.experts), "cuda", shared=not apart, fp8=config.fp8
             )  # fmt: skip
             progress(f"layer {layer}: {torch.cuda.memory_allocated() / 1e9:.1f} GB held")
     torch.cuda.synchronize()
@@ -246,18 +254,24 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="list the kernels of a step and of the prompts on stderr"
     )
+    parser.add_argument("--apart", action="store_true", help="compute the shared experts by themselves, as with a link")
+    parser.add_argument("--link", choices=("local", "mailbox"), default="local", help="mailbox: after the local link")
+    parser.add_argument("--shards", type=int, default=2, help="processes that hold the experts, with --link mailbox")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    with mps() if arguments.link == "mailbox" else contextlib.nullcontext():
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
     points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
     ceiling, batch = ceilings(), max(n for _, n in points)
     context = max(inputs for inputs, _ in points) + arguments.output + 64
     memory = arguments.memory or (0.47 if arguments.peer else 0.92)
-    config, weights, stacks = load(arguments.shape, arguments.layers)
+    config, weights, stacks = load(arguments.shape, arguments.layers, arguments.apart)
     started = time.perf_counter()
-    bench = Bench(
-        config, weights, stacks,
-        max_batch=batch, max_context=context, chunk_tokens=arguments.chunk, memory=memory,
-    )  # fmt: skip
+    settings: dict[str, Any] = dict(max_batch=batch, max_context=context, chunk_tokens=arguments.chunk, memory=memory)
+    bench = Bench(config, weights, stacks, **settings)
     progress(f"engine ready after {time.perf_counter() - started:.1f} s")
     peer = None
     if arguments.peer:
@@ -277,6 +291,16 @@ def main() -> None:
     bench.engine.stop()
     if peer is not None:
         peer.close()
+    if arguments.link == "mailbox":
+        from benchmarks.split import run_split
+
+        stacks.clear()
+        del bench, weights
+        gc.collect()
+        torch.cuda.empty_cache()
+        rows += run_split(arguments, settings, list(rows))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(rows, indent=1))
 
 
 def measure(bench: Bench, peer: Peer | None, inputs: int, concurrency: int, arguments: argparse.Namespace) -> dict:

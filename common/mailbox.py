@@ -22,6 +22,7 @@ wraps; it is only ever compared for equality, so that the answer to a broken ste
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import mmap
 import os
 import socket
@@ -50,6 +51,11 @@ class HandshakeError(Unavailable):
     """A mailbox could not be set up with this peer."""
 
     code = "handshake"
+
+
+def boot_word(boot_id: str) -> int:
+    """A boot id as the header of a slab in a GPU's memory holds it."""
+    return int.from_bytes(hashlib.blake2b(boot_id.encode(), digest_size=7).digest(), "little")
 
 
 def next_seq(seq: int) -> int:

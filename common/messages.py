@@ -295,8 +295,20 @@ class LoadPartitions(Message):
     partitions: tuple[int, ...]
 
 
+class GpuMailbox(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker on a GPU sets aside for its shards. `handle` and `peer` are told in the handshake alone: the
+    CUDA IPC handle of the worker's reply slab, and which block of it is this shard's."""
+
+    device: str  # the GPU's uuid
+    peers: int  # blocks of the reply slab
+    quantised: bool  # rows in 8 bits with their scales, else bf16
+    buckets: tuple[int, ...]  # numbers of rows that the worker's decode graphs are captured for
+    handle: bytes = b""
+    peer: int = 0
+
+
 class Attach(Message):
-    """A worker asks a shard for a link. Rows are float32 [hidden] on the CPU path."""
+    """A worker asks a shard for a link. Rows are float32 [hidden] on the CPU path; on a GPU as `gpu` says."""
 
     worker_id: str
     worker_boot_id: str
@@ -304,14 +316,17 @@ class Attach(Message):
     layout: int  # version of the slab layout
     decode_rows: int
     prefill_rows: int
+    gpu: GpuMailbox | None = None
 
 
 class Attached(Message):
-    """`socket`: name of the shard's abstract Unix socket for a mailbox, empty when the link is the bus."""
+    """`socket`: name of the shard's abstract Unix socket for a mailbox, empty when the link is the bus. `handle`: the
+    CUDA IPC handle of the worker's request slab, in a GPU's handshake."""
 
     boot_id: str
     layout: int
     socket: str = ""
+    handle: bytes = b""
 
 
 class ExpertRows(Message):

@@ -49,7 +49,7 @@ class Settings:
     )
     experts_fp8: bool = setting(False, "quantise bf16 experts to fp8 blocks at load, on a GPU")
     max_context: int = setting(0, "longest prompt plus output; 0: the model's own limit", low=0, unit="tokens")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; so far always the CPU")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; auto: on a GPU if there is one")
     host: str = setting("127.0.0.1", "address the gateway listens on")
     port: int = setting(8000, "port the gateway listens on", low=1, high=65535)
     nats_url: str = setting("nats://127.0.0.1:4222", "the NATS server")
@@ -57,6 +57,9 @@ class Settings:
         "", "this actor's id; empty: made from its place in the Procfile", pattern=ID_PATTERN, says=ID_WORDS
     )
     link: Literal["auto", "mailbox", "bus"] = setting("auto", "how rows reach the shards; auto: mailbox inside a node")
+    link_shards: int = setting(
+        8, "shards that a worker on a GPU has memory set aside for", low=1, high=256, unit="shards"
+    )
     expert_copies: int = setting(
         1, "shards that hold each expert, as far as there are shards", low=1, high=16, unit="shards"
     )

@@ -122,7 +122,7 @@ class Rig:
 
     async def shard(self, shard_id: str, partitions: list[int] | None = None) -> ExpertShard:
         """A running shard that holds these partitions, by default all."""
-        settings = Settings(model=str(self.folder), drain_seconds=0.2)
+        settings = Settings(model=str(self.folder), device="cpu", drain_seconds=0.2)
         shard = ExpertShard(await self.bus(), settings, actor_id=shard_id)
         shard.life = await self._stack.enter_async_context(running(shard))  # type: ignore[attr-defined]
         await self.hold(shard, list(range(self.config.partitions)) if partitions is None else partitions)

@@ -42,8 +42,6 @@ class Served:
     """An engine with all experts in this process, and what it told."""
 
     def __init__(self, folder: Path, *, overlaps: bool = True, experts_fp8: bool = False, **settings: Any) -> None:
-        from services.gpu_worker.gpu_engine import make_engine
-
         config = ModelConfig.load(folder)
         source = open_source(folder, config, "checkpoint")
         stacks = {
@@ -52,11 +50,16 @@ class Served:
         }
         weights = load_weights(config, source, "cuda", shared=False)
         kind = dict(max_batch=8, max_context=640, chunk_tokens=256, prefix_cache=True, pages=128) | settings
-        self.chunks: dict[str, list[TokenChunk]] = defaultdict(list)
-        self._changed = threading.Condition()
-        self.engine: Engine = make_engine(config, weights, stacks, self._emit, **kind)
+        self._make(config, weights, stacks, kind)
         self.engine.runner.overlaps = overlaps
         self.engine.start()
+
+    def _make(self, config: ModelConfig, weights: Any, stacks: Any, settings: dict[str, Any]) -> None:
+        from services.gpu_worker.gpu_engine import make_engine
+
+        self.chunks: dict[str, list[TokenChunk]] = defaultdict(list)
+        self._changed = threading.Condition()
+        self.engine: Engine = make_engine(config, weights, stacks, self._emit, **settings)
 
     def _emit(self, output: StepOutput) -> None:
         with self._changed:
@@ -69,6 +72,9 @@ class Served:
         """Each one's tokens."""
         for request in requests:
             self.engine.submit(request)
+        return self.told(*requests)
+
+    def told(self, *requests: Generate) -> list[list[int]]:
         ids = [r.request_id for r in requests]
         with self._changed:
             ended = self._changed.wait_for(lambda: all(self.finish(i) or self.engine.crashed for i in ids), 120)

@@ -27,7 +27,7 @@ from common.messages import LoadPartitions, ShardBeat, subject
 from common.nats_bus import NatsBus
 from common.settings import node_id
 from services.expert_shard.experts import ExpertStore
-from services.gpu_worker import links as links_module
+from services.gpu_worker import membership as links_module
 from services.gpu_worker.links import ExpertLinks
 from services.gpu_worker.peers import BusPeer, MailboxPeer
 from services.gpu_worker.table import make_table

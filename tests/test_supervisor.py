@@ -215,7 +215,7 @@ def test_a_signal_during_back_off_ends_it(family: Family):
         (
             "MOECULE_DEVICE",
             "cuda",
-            "MOECULE_DEVICE is 'cuda': the engine runs on the CPU only so far, so unset it or use cpu",
+            "MOECULE_DEVICE is 'cuda', and this machine shows no NVIDIA GPU: unset it or use cpu",
         ),
     ],
 )

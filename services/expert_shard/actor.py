@@ -54,13 +54,14 @@ class ExpertShard(Actor):
     async def start(self) -> None:
         pin_actor(self.kind, self.settings)
         self.config, self.store = await asyncio.to_thread(self._open_checkpoint)
-        self.server = ExpertServer(self.store)
+        self.server = self._make_server()
         self.server.start()
         self._wanted = LoadPartitions(version=0, partitions=())
         self._new_wanted = asyncio.Event()
         self._progress = (0, 0)
         self._bus_workers: dict[str, float] = {}  # those that sent rows over the bus -> when they were last heard
         self._sockets: dict[socket.socket, Attachment | None] = {}
+        self._pending: set[socket.socket] = set()  # whose handshake takes its time
         self._measure()
         self._listen()
         self.spawn(self._follow_wanted(), "load")
@@ -120,6 +121,9 @@ class ExpertShard(Actor):
         store.check()
         return config, store
 
+    def _make_server(self) -> ExpertServer:
+        return ExpertServer(self.store)
+
     def _subject(self, verb: str) -> str:
         return subject(self.kind, self.id, verb)
 
@@ -153,12 +157,15 @@ class ExpertShard(Actor):
             wanted = frozenset(self._wanted.partitions)
             if missing := wanted - self.store.held:
                 self.log.info("loading", partitions=sorted(missing), version=self._wanted.version)
-                await asyncio.to_thread(self.store.load, missing, self._on_progress)
+                await self._load(missing)
             if self._new_wanted.is_set():
                 continue  # what came meanwhile may want what this would drop
             await asyncio.to_thread(self.store.drop, self.store.held - wanted)
             self.log.info("holding", partitions=sorted(self.store.held), version=self._wanted.version)
             self.beat_now()
+
+    async def _load(self, missing: frozenset[int]) -> None:
+        await asyncio.to_thread(self.store.load, missing, self._on_progress)
 
     def _on_progress(self, done: int, total: int) -> None:
         self._progress = (done, total)
@@ -196,6 +203,8 @@ class ExpertShard(Actor):
     async def _on_attach(self, _: str, message: Message) -> Message:
         if not isinstance(message, Attach):
             raise InvalidRequest("expected an Attach message")
+        if message.gpu is not None:
+            raise Unavailable("this shard computes on a CPU and the worker on a GPU, between which there is no link")
         here = message.node == self.node and message.layout == LAYOUT
         return Attached(boot_id=self.boot_id, layout=LAYOUT, socket=self._socket_name if here else "")
 
@@ -250,5 +259,8 @@ class ExpertShard(Actor):
         self._loop.remove_reader(sock)
         sock.close()
         if attachment is not None:
-            self.server.detach(attachment)
+            self._detach(attachment)
             self.log.info("worker detached", worker=attachment.worker_id)
+
+    def _detach(self, attachment: Attachment) -> None:
+        self.server.detach(attachment)

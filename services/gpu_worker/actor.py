@@ -45,6 +45,7 @@ from services.gpu_worker.admission import Bounds
 from services.gpu_worker.engine import Engine, Stats, StepOutput
 from services.gpu_worker.grammar import Grammars
 from services.gpu_worker.links import ExpertLinks
+from services.gpu_worker.membership import Membership
 from services.gpu_worker.metrics import WorkerMetrics
 from services.gpu_worker.model import Model
 from services.gpu_worker.pace import Pace
@@ -64,7 +65,7 @@ class Worker(Actor):
     own_experts = False
     loading = "the worker is loading the model"
     engine: Engine
-    links: ExpertLinks | NoLinks
+    links: Membership | NoLinks
 
     async def start(self) -> None:
         settings = self.settings
@@ -80,7 +81,7 @@ class Worker(Actor):
         self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
         self._map_wanted = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self.links = self._open_links()
+        self.links = await asyncio.to_thread(self._open_links)
         self.links.on_change = self.beat_now
         self.grammars = await asyncio.to_thread(Grammars, settings.model, self.config)
         self.engine = await asyncio.to_thread(self._make_engine)
@@ -149,7 +150,7 @@ class Worker(Actor):
     def _subject(self, verb: str) -> str:
         return subject(self.kind, self.id, verb)
 
-    def _open_links(self) -> ExpertLinks | NoLinks:
+    def _open_links(self) -> Membership | NoLinks:
         settings = self.settings
         return ExpertLinks(
             self.bus,

@@ -21,7 +21,7 @@ from common.errors import ExpertsUnavailable, InternalError, InvalidRequest, Moe
 from common.messages import FinishReason, Generate, TokenChunk, TokenLogprobs
 from common.model_config import ModelConfig
 from services.gpu_worker.planner import Plan, Planner, Sequence
-from services.gpu_worker.runner import Computed, Runner
+from services.gpu_worker.runner import Computed, Runner, StepFailed
 from services.gpu_worker.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -177,10 +177,23 @@ class Engine:
         return Step(plan, launched)
 
     def _finish(self, step: Step) -> dict[str, list[TokenChunk]]:
-        computed, planner = self.runner.finish(step.launched), self.planner
+        try:
+            computed, planner = self.runner.finish(step.launched), self.planner
+        except StepFailed as failed:
+            self._undo(step, failed)
+            return {}
         planner.pace.learn(len(step.plan.decodes), sum(c.rows for c in step.plan.prefills), computed.seconds)
         planner.publish(step.plan)
         return self._take_in(step.plan, computed)
+
+    def _undo(self, step: Step, failed: StepFailed) -> None:
+        """As if `step`, and the one launched behind it, had never been: what they were to compute is planned again."""
+        behind, self._under_way = self._under_way, None
+        self._log.warning("a step failed and runs again", why=str(failed), rows=len(step.plan.chunks))
+        if behind is not None:
+            self.runner.discard(behind.launched)
+            self.planner.undo(behind.plan)
+        self.planner.undo(step.plan)
 
     def _take_in(self, plan: Plan, computed: Computed) -> dict[str, list[TokenChunk]]:
         chunks: dict[str, list[TokenChunk]] = {}

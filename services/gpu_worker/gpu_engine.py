@@ -12,7 +12,7 @@ from common.model_config import ModelConfig
 from common.pages import PAGE
 from services.gpu_worker.batch import Batch, Chunk
 from services.gpu_worker.engine import Engine, StepOutput
-from services.gpu_worker.graphs import GpuRunner, buckets
+from services.gpu_worker.graphs import GpuRunner, StepLinks, buckets
 from services.gpu_worker.model import Model, Stack
 from services.gpu_worker.pace import Pace
 from services.gpu_worker.pages import PageAllocator
@@ -26,7 +26,7 @@ GRAPHS = 256 << 20  # bytes that a captured bucket's scratch may take, beside wh
 def make_engine(
     config: ModelConfig,
     weights: Weights,
-    stacks: Mapping[int, Stack],
+    stacks: Mapping[int, Stack] | None,
     emit: Callable[[StepOutput], None],
     *,
     max_batch: int,
@@ -37,19 +37,23 @@ def make_engine(
     fp8_cache: bool = False,
     memory: float = 0.92,
     itl: float = 0.0,
+    links: StepLinks | None = None,
     log: FilteringBoundLogger | None = None,
 ) -> Engine:
-    """With the routed experts, and the shared ones after them, in this process. `pages`: of the KV cache; 0: what is
-    left of `memory`, the share of the GPU that this process may take. `itl`: seconds, of Pace."""
+    """With the routed experts in this process, as `stacks`, or behind `links`. `pages`: of the KV cache; 0: what is
+    left of `memory`, the share of the GPU that this process may take, less what its shards may set aside on it. `itl`:
+    seconds, of Pace."""
     log = log or structlog.get_logger()
     torch.set_grad_enabled(False)
-    model = Model(config, weights, stacks=stacks)
+    model = Model(config, weights, stacks=stacks, device_link=links.device if links else None)
     sampler = Sampler(config, max_batch=max_batch, threads=1, device="cuda")
     if not pages:
         pages = cache_pages(model, max_batch, chunk_tokens, max_context, fp8_cache, memory)
     log.info("KV cache", pages=pages, tokens=pages * PAGE)
     cache = model.new_cache(pages, fp8_cache)
-    runner = GpuRunner(model, cache, sampler, max_batch=max_batch, max_context=max_context, fp8_cache=fp8_cache)
+    runner = GpuRunner(
+        model, cache, sampler, max_batch=max_batch, max_context=max_context, fp8_cache=fp8_cache, links=links
+    )
     runner.capture()
     log.info("decode graphs", buckets=sorted(runner.graphs))
     planner = Planner(
@@ -71,6 +75,9 @@ def cache_pages(
     needed = torch.cuda.max_memory_allocated() - before + len(buckets(max_batch)) * GRAPHS // 8 + GRAPHS
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
+    if model.device_link is not None:
+        layout = model.device_link.layout
+        needed += layout.bytes() - layout.reply_bytes()
     room = int(free - (1 - memory) * total - needed)
     c = model.config
     page = c.layers * PAGE * (c.latent * model.dtype.itemsize)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -22,9 +22,10 @@ from common.messages import TokenLogprobs
 from common.pages import PAGE
 from kernels.sample import Logprobs, SampleParams
 from services.gpu_worker.batch import Batch, Feed
+from services.gpu_worker.device_link import DeviceLink
 from services.gpu_worker.model import Cache, Model
 from services.gpu_worker.planner import UNKNOWN, Chunk, Plan, Sequence
-from services.gpu_worker.runner import Computed
+from services.gpu_worker.runner import Computed, StepFailed
 from services.gpu_worker.sampler import Sampled, Sampler, int64
 from services.gpu_worker.scoring import Scored, score_prompts
 from services.gpu_worker.step import build_batch
@@ -39,6 +40,25 @@ def buckets(most: int) -> list[int]:
     small = [n for n in (1, 2, 4, 8, 12) if n < most]
     steps = [n for n in range(16, most, 8 if most <= 128 else 16)]
     return [*small, *steps, most]
+
+
+class StepLinks(Protocol):
+    """The expert links of a worker as its runner uses them, on the engine's thread and stream."""
+
+    @property
+    def device(self) -> DeviceLink: ...
+
+    def begin_step(self) -> None:
+        """Before anything of a step is launched. Raises ExpertsUnavailable; then there is no step."""
+        ...
+
+    def ring(self, rows: int, prefill: bool) -> None:
+        """Before a pass is launched: the shards launch theirs."""
+        ...
+
+    def end_step(self, ok: bool) -> None:
+        """The oldest step has ended; nothing of it runs any more."""
+        ...
 
 
 class Inputs:
@@ -119,6 +139,7 @@ class UnderWay:
     tokens: Tensor  # int64, pinned
     logs: list[tuple[tuple[int, ...], tuple[Sequence, ...], Logprobs]]  # (places in samples, they, what they asked for)
     scored: list[Scored]
+    ok: Tensor  # int32 [1], pinned: 0 if a shard did not answer
     began: torch.cuda.Event
     done: torch.cuda.Event
 
@@ -127,9 +148,12 @@ class GpuRunner:
     overlaps = True
 
     def __init__(
-        self, model: Model, cache: Cache, sampler: Sampler, *, max_batch: int, max_context: int, fp8_cache: bool = False
-    ) -> None:
+        self, model: Model, cache: Cache, sampler: Sampler, *, max_batch: int, max_context: int,
+        fp8_cache: bool = False, links: StepLinks | None = None,
+    ) -> None:  # fmt: skip
         self._model, self._cache, self._sampler, self._fp8_cache = model, cache, sampler, fp8_cache
+        self._links = links
+        self._oks = [torch.ones(1, dtype=torch.int32, pin_memory=True) for _ in range(IN_FLIGHT)]
         self._max_batch = max_batch
         self._inputs = Inputs(max_batch)
         self._table = BlockTable(max_batch, -(-max_context // PAGE))
@@ -177,6 +201,8 @@ class GpuRunner:
     # ---- a step
 
     def launch(self, plan: Plan) -> UnderWay:
+        if self._links is not None:
+            self._links.begin_step()
         self._turn = (self._turn + 1) % IN_FLIGHT
         began = torch.cuda.Event(enable_timing=True)
         began.record()
@@ -200,12 +226,16 @@ class GpuRunner:
         rows = [row_of[sequence] for sequence in sampled]
         host = self._results[self._turn]
         host.copy_(self._sampled, non_blocking=True)
+        ok = self._oks[self._turn]
+        if self._links is not None:
+            ok.copy_(self._links.device.peers.ok, non_blocking=True)
         done = torch.cuda.Event(blocking=True, enable_timing=True)
         done.record()
-        return UnderWay(sampled, rows, host, logs, scored, began, done)
+        return UnderWay(sampled, rows, host, logs, scored, ok, began, done)
 
     def finish(self, launched: UnderWay) -> Computed:
-        launched.done.synchronize()
+        if not self._ended(launched):
+            raise StepFailed("an expert shard did not answer")
         tokens = launched.tokens.tolist()
         logprobs: dict[int, TokenLogprobs] = {}
         for places, sequences, logs in launched.logs:
@@ -213,6 +243,16 @@ class GpuRunner:
             logprobs |= {places[row]: found for row, found in told.items() if places[row] >= 0}
         seconds = launched.began.elapsed_time(launched.done) / 1e3
         return Computed(Sampled([tokens[row] for row in launched.rows], logprobs), launched.scored, seconds)
+
+    def discard(self, launched: UnderWay) -> None:
+        self._ended(launched)
+
+    def _ended(self, launched: UnderWay) -> bool:
+        launched.done.synchronize()
+        ok = bool(launched.ok[0])
+        if self._links is not None:
+            self._links.end_step(ok)
+        return ok
 
     @staticmethod
     def _keep(logs: list, place: dict[int, int], sequences: tuple[Sequence, ...], found: Logprobs | None) -> None:
@@ -226,6 +266,8 @@ class GpuRunner:
         bucket = self.bucket(count)
         self._tell(chunks, bucket)
         graph, mask = self.graphs[bucket], self._sampler.begin(sequences)
+        if self._links is not None:
+            self._links.ring(bucket, prefill=False)
         graph.forward.replay()
         if self._sampler.plain(sequences):
             random = any(s.request.sampling.temperature > 0 for s in sequences)
@@ -320,7 +362,10 @@ class GpuRunner:
         batch = _to_gpu(build_batch(plan))
         context = sum(chunk.end for chunk in chunks)
         model, mask = self._model, self._sampler.begin(prompts)
-        hidden = model.hidden(batch, self._cache, self._work(len(batch.tokens), context))
+        work = self._work(len(batch.tokens), context)
+        if self._links is not None:
+            self._links.ring(len(batch.tokens), prefill=True)
+        hidden = model.hidden(batch, self._cache, work)
         if not prompts:
             return None, hidden
         logits = model.logits(hidden, batch.logit_rows)

@@ -28,6 +28,7 @@ from kernels.qkv_norm_rope_write import qkv_norm_rope_write
 from kernels.quant import Fp8Blocks, Fp8Rows, quantise_rows
 from kernels.route import RouteScratch, Routing, route
 from services.gpu_worker.batch import Batch
+from services.gpu_worker.device_link import DeviceLink
 from services.gpu_worker.weights import Layer, Mlp, Weights, rope_turns
 from services.gpu_worker.work import GpuWork, MlpWork, Work
 
@@ -36,7 +37,8 @@ Cache = Sequence[Tensor | Fp8Latent]  # a layer's pages each
 
 
 class Stack(Protocol):
-    """A layer's routed experts, and the shared ones after them, where they are in this process."""
+    """A layer's routed experts where they are in this process, and after them the shared ones, unless those are among
+    the worker's own weights."""
 
     @property
     def gate_up(self) -> Tensor | Fp8Blocks: ...  # [held, hidden, 2 * inter]
@@ -47,7 +49,12 @@ class Stack(Protocol):
 
 
 class Model:
-    """Holds every weight but the routed experts', which it reaches through `link`, or finds in `stacks`, by layer."""
+    """Holds every weight but the routed experts', which it reaches through `link` (on a GPU `device_link`), or finds in
+    `stacks`, by layer.
+
+    Shared experts in the stacks ride along with the routed ones, in the same launches and the same sum. Where they are
+    computed apart, as they are beside a link, sums are rounded as a link with one shard rounds them.
+    """
 
     def __init__(
         self,
@@ -55,14 +62,18 @@ class Model:
         weights: Weights,
         link: ExpertLink | None = None,
         stacks: Mapping[int, Stack] | None = None,
+        device_link: DeviceLink | None = None,
     ) -> None:
         self.config = config
         self.link = link
+        self.device_link = device_link
         self.stacks = stacks
         self.weights = weights
         self.dtype = weights.embedding.dtype
         self.on_gpu = weights.embedding.is_cuda
         self.fp8 = isinstance(weights.layers[0].o, Fp8Blocks)
+        apart = any(layer.mlp is not None for layer in weights.layers if layer.w_gate is not None)
+        self._riding = config.shared_experts if stacks and not apart else 0
         self._turns = rope_turns(config, config.max_positions).to(weights.embedding.device)  # [positions, rope / 2]
         self._routing = Routing(
             topk=config.topk,
@@ -72,7 +83,7 @@ class Model:
             topk_groups=config.topk_groups,
             norm=config.norm_topk,
             scale=config.routed_scale,
-            shared=config.shared_experts if stacks else 0,
+            shared=self._riding,
         )
 
     def new_cache(self, pages: int, fp8: bool = False) -> Cache:
@@ -115,7 +126,7 @@ class Model:
         for layer, layer_cache in zip(weights.layers, cache, strict=True):
             x = self._normed(parts, layer.attn_norm, work, coded=self.fp8)
             self._attention(layer, x, turns, decode, prefill, batch, layer_cache, work)
-            parts = self._ffn(layer, work)
+            parts = self._ffn(layer, work, prefill is not None)
         combine_norm(work.h, parts, weights.norm, eps, work.x)
         return work.x
 
@@ -166,7 +177,7 @@ class Model:
         if layer.o_bias is not None:
             work.h.add_(layer.o_bias)
 
-    def _ffn(self, layer: Layer, work: Work) -> Parts:
+    def _ffn(self, layer: Layer, work: Work, prefill: bool) -> Parts:
         """h += ffn(x), or what the next norm is to add; the routed experts' part through the link while the shared
         expert is computed here."""
         gpu = work.gpu
@@ -174,18 +185,32 @@ class Model:
             x = self._normed((), layer.mlp_norm, work, coded=self.fp8)
             return _mlp(layer.mlp, x, gpu.dense if gpu else None, work)
         self._normed((), layer.mlp_norm, work, coded=False)
-        stack = self.stacks[layer.index] if self.stacks else None
-        if stack is not None:
-            assert gpu is not None and gpu.experts is not None
-            self._route(layer, work, gpu.experts.plan, stack.slots, len(stack.down.data))
-            rows = grouped_ffn(self._coded(work), work.weights, stack.gate_up, stack.down, gpu.experts)
-            return (rows,)
+        if gpu is not None:
+            return self._experts_on_gpu(layer, work, gpu, prefill)
         assert self.link is not None
         self._route(layer, work)
         self.link.dispatch(layer.index, work.x, work.ids, work.weights)
-        parts = _mlp(layer.mlp, self._coded(work), gpu.shared if gpu else None, work)
+        parts = _mlp(layer.mlp, work.x, None, work)
         self.link.combine(work.h)
         return parts
+
+    def _experts_on_gpu(self, layer: Layer, work: Work, gpu: GpuWork, prefill: bool) -> Parts:
+        if self.stacks:
+            assert gpu.experts is not None
+            stack = self.stacks[layer.index]
+            self._route(layer, work, gpu.experts.plan, stack.slots, len(stack.down.data))
+            coded = self._code(work, gpu)
+            parts = _mlp(layer.mlp, coded if self.fp8 else work.x, gpu.shared, work)
+            x = coded if isinstance(stack.down, Fp8Blocks) else work.x
+            return (*parts, grouped_ffn(x, work.weights, stack.gate_up, stack.down, gpu.experts))
+        link, slots = self.device_link, gpu.slots
+        assert link is not None and slots is not None
+        self._route(layer, work)
+        coded = self._code(work, gpu)
+        x = coded if link.layout.quantised else work.x
+        link.dispatch(layer.index, x, work.ids, work.weights, slots, prefill=prefill)
+        parts = _mlp(layer.mlp, coded if self.fp8 else work.x, gpu.shared, work)
+        return (*parts, link.wait(slots))
 
     def _route(self, layer: Layer, work: Work, plan: object = None, slots: Tensor | None = None, held: int = 0) -> None:
         assert layer.w_gate is not None
@@ -194,12 +219,12 @@ class Model:
             plan, slots, held, work.gpu.route if work.gpu else None,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def _coded(self, work: Work) -> Tensor | Fp8Rows:
-        """work.x as experts take it."""
-        if work.gpu is None or work.gpu.coded is None:
+    def _code(self, work: Work, gpu: GpuWork) -> Tensor | Fp8Rows:
+        """work.x in 8 bits, if anybody takes it so."""
+        if gpu.coded is None:
             return work.x
-        quantise_rows(work.x, work.gpu.coded)
-        return work.gpu.coded
+        quantise_rows(work.x, gpu.coded)
+        return gpu.coded
 
     def _gpu_work(self, rows: int, decodes: int, context: int, fp8_cache: bool) -> GpuWork:
         from kernels.mla_decode.triton import decode_plan
@@ -223,18 +248,20 @@ class Model:
         if self.stacks:
             stack = next(iter(self.stacks.values()))
             experts = ExpertWork.empty(
-                rows, c.topk + c.shared_experts, len(stack.down.data), c.hidden, c.moe_inter,
-                isinstance(stack.down, Fp8Blocks), "cuda", dtype, shared=c.shared_experts,
+                rows, c.topk + self._riding, len(stack.down.data), c.hidden, c.moe_inter,
+                isinstance(stack.down, Fp8Blocks), "cuda", dtype, shared=self._riding,
             )  # fmt: skip
         q_low: Tensor | Fp8Rows | None = None
         if c.q_lora:
             q_low = rows8(c.q_lora) if self.fp8 else torch.empty(rows, c.q_lora, dtype=dtype, device="cuda")
         width = self.weights.layers[0].qkv.a.data.shape[1]
+        link = self.device_link
         any_fp8 = self.fp8 or (experts is not None and isinstance(experts.act, Fp8Rows))
+        any_fp8 = any_fp8 or (link is not None and link.layout.quantised)
         return GpuWork(
             linear=scratch,
             qkv=QkvScratch(torch.empty(rows, width, dtype=dtype, device="cuda"), q_low, scratch),
-            route=RouteScratch.empty(rows, c.experts + c.shared_experts, "cuda") if sparse else None,
+            route=RouteScratch.empty(rows, c.experts + self._riding, "cuda") if sparse else None,
             decode=decode_plan(decodes, 1, c.heads, c.kv_lora, c.rope, dtype, "cuda", fp8=fp8_cache)
             if decodes
             else None,
@@ -242,8 +269,9 @@ class Model:
             if context
             else None,
             dense=mlp(c.inter, dense),
-            shared=None if self.stacks else mlp(c.shared_experts * c.moe_inter, sparse),
+            shared=mlp(c.shared_experts * c.moe_inter, sparse),
             experts=experts,
+            slots=link.new_slots(rows) if link is not None else None,
             coded=rows8(c.hidden) if any_fp8 else None,
             attended=rows8(c.heads * c.v_dim) if self.fp8 else None,
         )
@@ -264,7 +292,8 @@ def _mlp(mlp: Mlp | None, x: Tensor | Fp8Rows, given: MlpWork | None, work: Work
     if mlp is None:
         return ()
     if given is not None:
-        return (grouped_ffn(x, given.weights, _only(mlp.gate_up), _only(mlp.down), given.experts),)
+        part = grouped_ffn(x, given.weights, _only(mlp.gate_up), _only(mlp.down), given.experts)
+        return (part.rows[: len(work.h)],)  # every token in its own place
     assert isinstance(x, Tensor) and isinstance(mlp.gate_up, Tensor) and isinstance(mlp.down, Tensor)
     gate, up = torch.mm(x, mlp.gate_up).split(len(mlp.down), 1)
     work.h.addmm_(F.silu(gate).mul_(up), mlp.down)

@@ -22,11 +22,21 @@ SPARE_BYTES = 8 << 10  # of a bus message, for what is not rows; the bus wants 4
 PROBE_SECONDS = 0.5
 
 
-class Peer(ABC):
+class Peer:
     """One life of one shard. `lost` says why it is given up, once and for all; empty while it lives."""
 
-    def __init__(self, shard_id: str, boot_id: str) -> None:
-        self.shard_id, self.boot_id, self.lost = shard_id, boot_id, ""
+    def __init__(self, shard_id: str, boot_id: str, sock: socket.socket | None = None) -> None:
+        """`sock` stays open for its end of file."""
+        self.shard_id, self.boot_id, self.sock, self.lost = shard_id, boot_id, sock, ""
+
+    def close(self, why: str) -> None:
+        self.lost = self.lost or why
+        if self.sock is not None:
+            self.sock.close()
+
+
+class RowPeer(Peer, ABC):
+    """One that the compute thread itself sends rows to and waits for."""
 
     @abstractmethod
     def submit(self, layer: int, x: np.ndarray, ids: np.ndarray, weights: np.ndarray, rows: np.ndarray | None) -> None:
@@ -39,15 +49,11 @@ class Peer(ABC):
     def sums(self) -> np.ndarray:
         """[rows, hidden] float32, valid until the next submit; call once answered. Raises PeerLost."""
 
-    def close(self, why: str) -> None:
-        self.lost = self.lost or why
 
-
-class MailboxPeer(Peer):
+class MailboxPeer(RowPeer):
     def __init__(self, shard_id: str, boot_id: str, slab: Slab, bell: Bell, sock: socket.socket) -> None:
-        """`bell` is the shard's; `sock` stays open for its end of file."""
-        super().__init__(shard_id, boot_id)
-        self.sock = sock
+        """`bell` is the shard's."""
+        super().__init__(shard_id, boot_id, sock)
         self._slab, self._bell = slab, bell
         self._seq = 0
         self._slot, self._sums = slab.prefill, slab.prefill.first_arrays(0).sums
@@ -82,11 +88,10 @@ class MailboxPeer(Peer):
         """The memory itself goes with its last view, so a compute thread that still reads it is safe."""
         super().close(why)
         self._slab.abort()
-        self.sock.close()
         self._bell.close_fd()
 
 
-class BusPeer(Peer):
+class BusPeer(RowPeer):
     def __init__(
         self, shard_id: str, boot_id: str, bus: Bus, hello: Attach, bell: Bell, clock: Clock, bound: float,
         loop: asyncio.AbstractEventLoop,

@@ -194,6 +194,16 @@ class Planner:
         for sequence in sampled:
             sequence.tokens.append(UNKNOWN)
 
+    def undo(self, plan: Plan) -> None:
+        """Take back what `advance` said of the newest plan whose step has not been taken in. Its sequences keep their
+        pages; the rows in them are written again."""
+        for sequence in plan.sampled:
+            assert sequence.unknown
+            sequence.tokens.pop()
+        for chunk in plan.chunks:
+            if chunk.sequence.pages and chunk.life == chunk.sequence.preemptions:
+                chunk.sequence.computed = chunk.start
+
     def publish(self, plan: Plan) -> None:
         """Make the pages known that `plan` filled, once its step has succeeded and their tokens are known."""
         for chunk in plan.chunks:

@@ -17,6 +17,10 @@ from services.gpu_worker.scoring import Scored, score_prompts
 from services.gpu_worker.step import build_batch
 
 
+class StepFailed(Exception):
+    """A shard did not answer in this step, so nothing that it computed holds, nor what was launched behind it."""
+
+
 @dataclass(frozen=True)
 class Computed:
     """What a step found out, before anything is changed by it."""
@@ -35,7 +39,11 @@ class Runner(Protocol):
         ...
 
     def finish(self, launched: Any) -> Computed:
-        """Wait for the oldest step that is under way, which `launched` is of."""
+        """Wait for the oldest step that is under way, which `launched` is of. Raises StepFailed."""
+        ...
+
+    def discard(self, launched: Any) -> None:
+        """Wait for it, whose results nobody wants."""
         ...
 
 
@@ -67,3 +75,6 @@ class CpuRunner:
 
     def finish(self, launched: Computed) -> Computed:
         return launched
+
+    def discard(self, launched: Computed) -> None:
+        pass

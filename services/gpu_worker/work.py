@@ -49,6 +49,7 @@ class GpuWork:
     dense: MlpWork | None  # a dense layer's FFN
     shared: MlpWork | None  # the shared expert's, where it is not one of the stacks'
     experts: ExpertWork | None  # where the routed experts are in this process
+    slots: Tensor | None  # int32 [T, peers], where they are not: where the shards' sums will lie
     coded: Fp8Rows | None  # [T, hidden], the normed rows in 8 bits
     attended: Fp8Rows | None  # [T, heads * v_dim]
 
