@@ -437,16 +437,23 @@ def test_a_file_that_ends_early_stops_all_readers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     monkeypatch.setattr(common.transfer, "CHUNK", 4096)
-    save_file({"a": torch.zeros(1 << 20)}, tmp_path / "model.safetensors")
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:50_000])
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    cut.write_bytes(bytes(100))
+    whole.write_bytes(bytes(1 << 24))
+    transfers = [Transfer(path, 0, torch.float32, torch.empty(1 << 22)) for path in (cut, whole)]
+    transfers[0] = replace(transfers[0], out=torch.empty(1000))
     told: list[int] = []
-    with pytest.raises(ConfigError, match=r"model\.safetensors ends too early"):
-        transfer([Transfer(path, 0, torch.float32, torch.empty(1 << 20))], told.append, threads=threads)
-    assert sum(told) < 1 << 18
+    with pytest.raises(ConfigError, match="cut ends too early"):
+        transfer(transfers, told.append, threads=threads)
+    assert sum(told) < 1 << 24
+
+
+def test_files_that_cannot_be_read_are_named_and_nothing_is_no_work(tmp_path: Path) -> None:
     gone = Transfer(tmp_path / "gone", 0, torch.float32, torch.empty(1))
     with pytest.raises(ConfigError, match="gone cannot be read: No such file"):
-        transfer([gone], told.append)
+        transfer([gone], print)
+    transfer([], print)
+    transfer([replace(gone, out=torch.empty(0))], print)
 
 
 def test_eight_bits_without_scales_are_refused(tmp_path: Path) -> None:
