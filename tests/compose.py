@@ -154,7 +154,7 @@ async def compose(model: str = TINY, *, workers: int = 1, shards: int = 2, **set
             stack.push_async_callback(made.close)
             return made
 
-        client = Client(await bus(), ModelConfig.load(settings.model))
+        client = Client(await bus(), ModelConfig.load(settings.model, settings.weights))
         beating = asyncio.create_task(client.beat_forever())
         stack.callback(beating.cancel)
         await client.start()

@@ -128,7 +128,7 @@ def test_a_gpu_s_weights_are_views_of_what_the_file_has(tmp_path: Path, name: st
         assert joint.equal(want)
 
 
-@pytest.mark.parametrize("name", ["v3-like", "v3-plain", "v2-lite-like"])
+@pytest.mark.parametrize("name", ["v3-like", "v3-plain", "v2-lite-like", "v2-tied"])
 def test_fp8_is_read_as_it_is_or_dequantised(tmp_path: Path, name: str) -> None:
     kept = write_fp8(name, tmp_path)
     config = ModelConfig.load(tmp_path)
@@ -140,6 +140,37 @@ def test_fp8_is_read_as_it_is_or_dequantised(tmp_path: Path, name: str) -> None:
     want = stored(config, Checkpoint(tmp_path), 2)
     assert experts.gate_up.equal(want.gate_up) and experts.down.equal(want.down)
     assert_same(gpu, as_held(config, cpu))
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("q_lora", [None, 128], ids=["direct", "q_lora"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+def test_rotary_rows_are_paired_up(tmp_path: Path, fp8: bool, q_lora: int | None, layout: Layout) -> None:
+    changes = {"attention_bias": True, "q_lora_rank": q_lora, "rope_interleave": False}
+    kept = write_fp8("v3-dense", tmp_path, **changes)
+    if not fp8:
+        kept = {name: value.bfloat16().float() for name, value in kept.items()}
+        save_file(kept, tmp_path / "model.safetensors")
+        change_config(tmp_path, quantization_config=None)
+    config, attention = ModelConfig.load(tmp_path), "model.layers.1.self_attn"
+    paired = torch.arange(config.rope).view(2, -1).T.flatten()
+    qkv = load_weights(config, Checkpoint(tmp_path), layout=layout).layers[1].qkv
+
+    row, first = qkv.split(plain(qkv.a), config.latent)
+    want = kept[f"{attention}.kv_a_proj_with_mqa.weight"]
+    assert row.T[: config.kv_lora].equal(want[: config.kv_lora])
+    assert row.T[config.kv_lora :].equal(want[config.kv_lora :][paired])
+    queries = (first if qkv.b is None else plain(qkv.b)).T.unflatten(0, (config.heads, -1))
+    want = kept[f"{attention}.{'q_b_proj' if q_lora else 'q_proj'}.weight"].view_as(queries)
+    assert queries[:, : config.nope].equal(want[:, : config.nope])
+    assert queries[:, config.nope :].equal(want[:, config.nope :][:, paired])
+
+    assert qkv.a_bias is not None
+    row, first = qkv.split(qkv.a_bias[None].float(), config.latent)
+    want = kept[f"{attention}.kv_a_proj_with_mqa.bias"].to(qkv.a_bias.dtype).float()
+    assert row[0].equal(torch.cat((want[: config.kv_lora], want[config.kv_lora :][paired])))
+    want = kept[f"{attention}.q_a_proj.bias"] if q_lora else torch.zeros(first.shape[1])
+    assert first[0].equal(want.to(qkv.a_bias.dtype).float())
 
 
 @pytest.mark.parametrize("name", ["v3-like", "v3-plain"])
@@ -240,7 +271,8 @@ def test_shared_experts_follow_as_experts_of_their_own(tmp_path: Path, fp8: bool
 def test_experts_are_quantised_or_dequantised_while_they_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common.checkpoint, "MOST_ASIDE", 100_000)  # a few experts at a time
+    monkeypatch.setattr(common.checkpoint, "MOST_ASIDE", 200_000)  # an expert at a time
+    aside = []
     kept = write_fp8("v3-like", tmp_path)
     config, coded = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
     want, every = stored(config, coded, 1), range(config.experts)
@@ -249,7 +281,14 @@ def test_experts_are_quantised_or_dequantised_while_they_are_loaded(
     assert isinstance(dequantised.gate_up, Tensor) and dequantised.gate_up.dtype is torch.bfloat16
     assert_stack(dequantised, want.gate_up.bfloat16().float(), want.down.bfloat16().float())
     save_file({name: value.bfloat16() for name, value in kept.items()}, tmp_path / "model.safetensors")
+
+    def watched(transfers: list[Transfer], *rest: Any) -> None:
+        aside.append(sum(one.out.nbytes for one in transfers))
+        transfer(transfers, *rest)
+
+    monkeypatch.setattr(common.checkpoint, "transfer", watched)
     quantised = load_stack(config, Checkpoint(tmp_path), 1, every, "cpu", shared=False, fp8=True)
+    assert aside == [3 * 2 * config.hidden * config.moe_inter] * config.experts
     for got, wide in ((quantised.gate_up, want.gate_up), (quantised.down, want.down)):
         assert isinstance(got, Fp8Blocks)
         blocks = quantise_blocks(wide.bfloat16())
@@ -352,7 +391,9 @@ def test_chance_draws_what_it_says(random_folder: Path) -> None:
             assert value.std().item() == pytest.approx(0.02, rel=0.05), name
             assert abs(value.mean().item()) < 0.002, name
     assert not drawn["0.o"].equal(drawn["1.o"])
-    assert source.tensor("model.layers.1.mlp.gate.weight", (4, 200)).bfloat16().float().std() > 0
+    for name, in_blocks in (("mlp.gate", False), ("self_attn.kv_b_proj", config.fp8)):
+        value = source.tensor(f"model.layers.1.{name}.weight", (130, 200))
+        assert value.equal(value.bfloat16().float()) is not in_blocks
 
 
 def test_random_weights_have_a_fingerprint_of_their_own(tmp_path: Path) -> None:
@@ -396,16 +437,23 @@ def test_a_file_that_ends_early_stops_all_readers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     monkeypatch.setattr(common.transfer, "CHUNK", 4096)
-    save_file({"a": torch.zeros(1 << 20)}, tmp_path / "model.safetensors")
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:50_000])
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    cut.write_bytes(bytes(100))
+    whole.write_bytes(bytes(1 << 24))
+    transfers = [Transfer(path, 0, torch.float32, torch.empty(1 << 22)) for path in (cut, whole)]
+    transfers[0] = replace(transfers[0], out=torch.empty(1000))
     told: list[int] = []
-    with pytest.raises(ConfigError, match=r"model\.safetensors ends too early"):
-        transfer([Transfer(path, 0, torch.float32, torch.empty(1 << 20))], told.append, threads=threads)
-    assert sum(told) < 1 << 18
+    with pytest.raises(ConfigError, match="cut ends too early"):
+        transfer(transfers, told.append, threads=threads)
+    assert sum(told) < 1 << 24
+
+
+def test_files_that_cannot_be_read_are_named_and_nothing_is_no_work(tmp_path: Path) -> None:
     gone = Transfer(tmp_path / "gone", 0, torch.float32, torch.empty(1))
     with pytest.raises(ConfigError, match="gone cannot be read: No such file"):
-        transfer([gone], told.append)
+        transfer([gone], print)
+    transfer([], print)
+    transfer([replace(gone, out=torch.empty(0))], print)
 
 
 def test_eight_bits_without_scales_are_refused(tmp_path: Path) -> None:

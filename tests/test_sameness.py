@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +216,17 @@ async def test_min_tokens_stop_ids_and_logprobs():
             assert entry.top_ids[0] == chunk.tokens[0] and len(entry.top_ids) == 3
             assert entry.logprob == entry.top_logprobs[0] == max(entry.top_logprobs) <= 0
             assert entry.top_logprobs[1] < entry.logprob
+
+
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+async def test_random_weights_need_no_file_and_every_actor_draws_the_same(tmp_path, fp8):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(TINY) / name, tmp_path)
+    kind = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config = json.loads((Path(TINY) / "config.json").read_text()) | ({"quantization_config": kind} if fp8 else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    outputs = []
+    for shards in (1, 2):
+        async with compose(str(tmp_path), shards=shards, weights="random") as made:
+            outputs.append(await made.client.ask_all(prompts()[:4], greedy(OUT)))
+    assert outputs[0] == outputs[1] and all(outputs[0])
