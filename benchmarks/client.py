@@ -112,8 +112,10 @@ class Record:
         told = (self.usage.completion_tokens or 0) if self.usage else self.tokens
         if not self.usage:
             self.error = "the stream tells no usage"
-        elif told != wanted or not self.times:
+        elif told != wanted:
             self.error = f"{told} tokens instead of {wanted}"
+        elif not self.times:
+            self.error = "the usage tells of tokens, and no chunk brought one"
         else:
             self.counts = array("q", spread_tokens(self.counts, told))
             self.complete = True

@@ -56,7 +56,8 @@ class Row(msgspec.Struct):
     def __str__(self) -> str:
         cells: list[object] = [
             self.concurrency, self.requests, self.failed + self.failed_warmups, self.ttft_ms, self.tpot_ms, self.itl_ms,
-            number(self.tokens_per_second_per_card), number(self.interactivity), f"{self.client_cpu:.0%}",
+            number(self.tokens_per_second_per_card), number(self.interactivity),
+            f"{self.client_cpu:.0%}" if self.output_tokens else "-",
         ]  # fmt: skip
         return f"| {' | '.join(map(str, cells))} |"
 

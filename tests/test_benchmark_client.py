@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import socket
+import xml.etree.ElementTree as ElementTree
 from array import array
 from collections.abc import AsyncIterator, Iterable
 
@@ -15,7 +16,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.beside import span
 from benchmarks.client import Endpoint, Record, Request, ask
+from benchmarks.load import Maker, reasons
+from benchmarks.plot import HEIGHT, LEFT, TOP, WIDTH, Curve, Point, svg, ticks
 from benchmarks.sse import BadAnswer, Events, Response
 from benchmarks.timing import Spread, intervals, number, percentile, spread_tokens, tpot
 
@@ -71,6 +75,36 @@ def test_tokens_that_no_chunk_told_are_spread_evenly(chunks: int, tokens: int) -
 )
 def test_number(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_a_span_has_the_tokens_that_came_in_it() -> None:
+    one = Record(times=array("d", [0.0, 1.0, 2.0, 5.0, 9.0]), counts=array("q", [1, 2, 4, 7, 8]))
+    other = Record(times=array("d", [1.5, 3.5]), counts=array("q", [1, 2]))
+    found = span([one, other, Record()], began=2.0, ended=9.0, streams=2, cpu=0.25)
+    # 2 tokens at 2.0 s after 1 s, 3 at 5.0 s after 3 s, 1 at 3.5 s after 2 s; what came at 9.0 s is of the next span.
+    assert (found.itl_ms.median, found.itl_ms.p99) == (pytest.approx(1000), pytest.approx(1950))
+    assert (found.longest_pause_ms, found.tokens_per_second) == (3000, pytest.approx(6 / 7 / 2))
+    assert (found.seconds, found.client_cpu) == (7.0, 0.25)
+
+
+def test_reasons_that_differ_in_numbers_are_one() -> None:
+    errors = ["3 tokens instead of 9", "nothing came", "", "4 tokens instead of 8", "3 tokens instead of 7"]
+    assert reasons([Record(error=error) for error in errors]) == ["3 x 3 tokens instead of 9", "1 x nothing came"]
+
+
+@given(st.floats(1e-3, 1e6))
+def test_ticks_go_from_0_to_just_above(largest: float) -> None:
+    found = ticks(largest)
+    assert found[0] == 0 and found[-2] < largest <= found[-1] * (1 + 1e-9) and 4 <= len(found) <= 8
+
+
+def test_a_plot_has_a_mark_at_each_point_of_each_curve() -> None:
+    curves = [Curve("a<b & c", [Point(1.0, 2.0, "c4"), Point(2.0, 1.0, "c8")]), Curve("d", [Point(20.0, 30.0, "c2")])]
+    page = ElementTree.fromstring(svg("t", "x", "y", curves))
+    assert {"a<b & c", "d", "c4", "c8", "c2"} <= {element.text for element in page.iter()}
+    places = [(float(e.attrib["cx"]), float(e.attrib["cy"])) for e in page.iter() if "cx" in e.attrib]
+    (x4, y4), (x8, y8), (x2, y2) = places
+    assert LEFT < x4 < x8 < x2 < WIDTH and HEIGHT > y8 > y4 > y2 > TOP, "y grows upwards"
 
 
 # ---- HTTP and events
@@ -134,14 +168,16 @@ REFUSAL = b'HTTP/1.1 400 Bad Request\r\ncontent-length: 12\r\n\r\n{"error": 1}'
 
 
 @contextlib.asynccontextmanager
-async def server(*pieces: bytes, stay: bool = False) -> AsyncIterator[Endpoint]:
-    """Sends these, a pause between them, and hangs up unless it is to `stay`."""
-    left, answering = asyncio.Event(), set()
+async def server(*pieces: bytes, stay: bool = False, refused: bytes = b"") -> AsyncIterator[Endpoint]:
+    """Sends these, a pause between them, and hangs up unless it is to `stay`; 400 to a body that has `refused`."""
+    left = asyncio.Event()
+    answering: set[asyncio.Task[None] | None] = set()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         answering.add(asyncio.current_task())
-        await reader.readuntil(b"\r\n\r\n")
-        for piece in pieces:
+        head = await reader.readuntil(b"\r\n\r\n")
+        body = await reader.readexactly(int(head.rpartition(b"content-length: ")[2]))
+        for piece in [REFUSAL] if refused and refused in body else pieces:
             writer.write(piece)
             await asyncio.sleep(0.005)
         if stay:
@@ -152,7 +188,7 @@ async def server(*pieces: bytes, stay: bool = False) -> AsyncIterator[Endpoint]:
     async with listening:
         yield Endpoint.of(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}/v1/")
         left.set()
-        await asyncio.gather(*answering)
+        await asyncio.gather(*filter(None, answering))
 
 
 async def answered(*pieces: bytes, tokens: int = 4, stay: bool = False, silence: float = 5.0) -> Record:
@@ -185,6 +221,7 @@ async def test_chunks_that_tell_nothing_share_the_tokens_of_the_last_usage() -> 
         ((b"",), "the answer ended early"),
         ((STREAM + chunk(tokens=3), DONE), "3 tokens instead of 4"),
         ((STREAM + chunk(), DONE), "the stream tells no usage"),
+        ((STREAM + chunk(None, tokens=4), DONE), "the usage tells of tokens, and no chunk brought one"),
         ((STREAM + b"data: {,\n\n",), "it cannot be read: "),
         ((b"220 mail\r\n\r\n",), "it cannot be read: "),
     ],
@@ -197,6 +234,15 @@ async def test_a_request_that_fails_says_why(pieces: tuple[bytes, ...], why: str
 async def test_a_silent_server_fails_the_request() -> None:
     record = await answered(STREAM + chunk(tokens=1), stay=True, silence=0.05)
     assert record.error == "nothing came for 0 s" and record.counts == array("q", [1])
+
+
+@pytest.mark.parametrize("knows", [True, False])
+async def test_a_server_that_knows_no_salt_is_sent_none(knows: bool) -> None:
+    maker = Maker("m", vocabulary=100, temperature=0.0)
+    answer = STREAM + chunk(tokens=2) + DONE
+    async with server(answer, refused=b"" if knows else b"cache_salt") as endpoint:
+        assert await maker.try_out(endpoint, silence=5.0) == ""
+    assert maker.extras == knows
 
 
 async def test_nobody_there() -> None:
