@@ -35,7 +35,7 @@ class Cluster:
         self.port, self.nats_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("MOECULE_")}
-        self.env |= {f"MOECULE_{key.upper()}": str(value) for key, value in settings.items()}
+        self.env |= {f"MOECULE_{key.upper()}": str(value) for key, value in ({"device": "cpu"} | settings).items()}
         self.env |= {
             "MOECULE_PORT": str(self.port),
             "MOECULE_NATS_URL": f"nats://127.0.0.1:{self.nats_port}",

@@ -1,4 +1,4 @@
-"""What `make serve` runs: `honcho start` with the arguments given, and Ctrl-C held back until all its lines run.
+"""What `make serve` runs: honcho with the formation and the Procfile given, and Ctrl-C held back until all lines run.
 
 honcho 2.0 that is signalled while it still starts its lines fails over one whose pid it has not been told, and leaves
 the others running.
@@ -42,14 +42,14 @@ def _as_child() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS | {signal.SIGCHLD})
 
 
-def main(formation: str) -> int:
+def main(formation: str = "", procfile: str = "Procfile") -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS | {signal.SIGCHLD})
     honcho = subprocess.Popen(
-        [sys.executable, "-m", "honcho", "start", "-c", formation],
+        [sys.executable, "-m", "honcho", "-f", procfile, "start", "-c", formation],
         start_new_session=True,
         preexec_fn=_as_child,
     )
-    lines, began = lines_of(formation, Path("Procfile")), time.monotonic()
+    lines, began = lines_of(formation, Path(procfile)), time.monotonic()
     while honcho.poll() is None and not lines_run(honcho.pid, lines):
         if time.monotonic() - began > LONGEST_START_SECONDS:
             break
@@ -63,4 +63,4 @@ def main(formation: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ""))
+    sys.exit(main(*sys.argv[1:3]))

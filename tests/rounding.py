@@ -44,7 +44,8 @@ def rounded(*, cache: bool = False, rows: bool = False) -> Iterator[None]:
         latent, key = row.split((kv_lora, row.shape[1] - kv_lora), 1)
         write(torch.cat((to_fp8(latent) if cache else to_bf16(latent), to_bf16(key)), 1), at, pages)
 
-    model.combine_norm, model.linear, qkv._write = rounded_norm, rounded_product, rounded_write  # type: ignore[assignment]
+    model.combine_norm, model.linear = rounded_norm, rounded_product  # type: ignore[assignment]
+    qkv._write = rounded_write  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -560,6 +560,12 @@ async def test_a_leaving_gateway_tells_the_rest(front: Front, stream: bool) -> N
     assert front.worker.aborted == [front.sent.request_id]
 
 
+async def test_random_weights_are_marked() -> None:
+    async for front in make_front(replace(Settings(port=0, drain_seconds=0.1), weights="random")):
+        answer = await front.http.get("/v1/models")
+        assert answer.json()["data"][0]["weights"] == "random"
+
+
 async def test_max_context_bounds_the_model() -> None:
     async for front in make_front(replace(Settings(port=0, drain_seconds=0.1), max_context=64)):
         error = await front.refused(400, max_tokens=60)

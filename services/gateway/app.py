@@ -109,7 +109,10 @@ class App:
     # ---- the small endpoints
 
     def _card(self) -> ModelCard:
-        return ModelCard(id=self._preparer.name, created=self._created, max_model_len=self._preparer.context)
+        preparer = self._preparer
+        return ModelCard(
+            id=preparer.name, created=self._created, max_model_len=preparer.context, weights=preparer.weights
+        )
 
     async def _models(self, _: Request) -> Response:
         return _json(ModelList(data=[self._card()]))

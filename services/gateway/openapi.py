@@ -42,13 +42,15 @@ REQUEST_ID = "the client's own x-request-id, if it is 1 to 64 letters, digits, -
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """A model that is served. `max_model_len`: tokens that prompt and output share."""
+    """A model that is served. `max_model_len`: tokens that prompt and output share. `weights` is "random" where they
+    are drawn by chance for work on speed: then the text means nothing."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["moecule"] = "moecule"
     max_model_len: int
+    weights: Literal["checkpoint", "random"] = "checkpoint"
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):

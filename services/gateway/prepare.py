@@ -71,6 +71,7 @@ class Preparer:
     ) -> None:
         """`most_cached`: tokens that the largest KV cache holds, 0 if no worker is known."""
         self.name = settings.served_name
+        self.weights = settings.weights
         self.config = config
         self.tokenizer = tokenizer
         self.context = config.context_within(settings.max_context)
