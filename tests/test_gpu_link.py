@@ -68,7 +68,7 @@ class Linked(Steady):
         self, folder: Path, shards: int, warm: set[int], *, experts_fp8: bool = False, slice_rows: int = 1 << 20,
         bound: float = 20.0, **settings: Any,
     ) -> None:  # fmt: skip
-        from services.gpu_worker.gpu_engine import largest_prefill
+        from services.gpu_worker.gpu_engine import rehearse_prefill
         from services.gpu_worker.graphs import buckets
 
         config = ModelConfig.load(folder)
@@ -83,7 +83,7 @@ class Linked(Steady):
         # One process is one context: a kernel that is loaded while others wait in it waits for them.
         for rows in sorted(warm):
             self.links.rehearse(rows)
-            largest_prefill(self.engine.runner._model, rows, kind["max_context"], False)
+            rehearse_prefill(self.engine.runner._model, rows, kind["max_context"], False)
         torch.cuda.synchronize()
         self.links.start()
 

@@ -20,6 +20,8 @@ from services.gpu_worker.planner import Planner
 from services.gpu_worker.sampler import Sampler
 from services.gpu_worker.weights import Weights
 
+# Rows of prefills that are run once before anybody asks: other tiles, or sizes that are and are not multiples of 16.
+REHEARSED = (2048, 1000, 512, 250, 128, 100, 64, 40, 24, 10, 3)
 GRAPHS = 256 << 20  # bytes that a captured bucket's scratch may take, beside what the largest one shares with it
 
 
@@ -55,6 +57,9 @@ def make_engine(
         model, cache, sampler, max_batch=max_batch, max_context=max_context, fp8_cache=fp8_cache, links=links
     )
     runner.capture()
+    for rows in REHEARSED:
+        if rows < chunk_tokens:
+            rehearse_prefill(model, rows, rows, fp8_cache)
     log.info("decode graphs", buckets=sorted(runner.graphs))
     planner = Planner(
         PageAllocator(pages), config.fingerprint, max_batch=max_batch, pace=Pace(chunk_tokens, itl),
@@ -71,7 +76,7 @@ def cache_pages(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    largest_prefill(model, chunk_tokens, max_context, fp8_cache)
+    rehearse_prefill(model, chunk_tokens, max_context, fp8_cache)
     needed = torch.cuda.max_memory_allocated() - before + len(buckets(max_batch)) * GRAPHS // 8 + GRAPHS
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
@@ -89,9 +94,9 @@ def cache_pages(
     return max(16, min(room // page, most))
 
 
-def largest_prefill(model: Model, rows: int, context: int, fp8_cache: bool) -> None:
-    """A pass of so many rows that ends a prompt of `context` tokens: it compiles the kernels and takes the most memory
-    that a step may take."""
+def rehearse_prefill(model: Model, rows: int, context: int, fp8_cache: bool) -> None:
+    """A pass of so many rows that ends a prompt of `context` tokens: it compiles the kernels, and with the largest
+    numbers it takes the most memory that a step may take."""
     context = max(rows, context)
     cache = model.new_cache(1, fp8_cache)
     batch = Batch(

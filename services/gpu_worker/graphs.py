@@ -256,8 +256,10 @@ class GpuRunner:
 
     @staticmethod
     def _keep(logs: list, place: dict[int, int], sequences: tuple[Sequence, ...], found: Logprobs | None) -> None:
+        """On their way to the host: read there, they would wait for the step behind this one."""
         if found is not None:
-            logs.append((tuple(place.get(id(s), -1) for s in sequences), sequences, found))
+            there = Logprobs(*(_to_host(part) for part in (found.wanted, found.chosen, found.ids, found.values)))
+            logs.append((tuple(place.get(id(s), -1) for s in sequences), sequences, there))
 
     # ---- decodes
 
@@ -379,6 +381,10 @@ class GpuRunner:
             self._works.clear()
             self._works[rows, room] = self._model.new_work(rows, context=room)
         return self._works[rows, room]
+
+
+def _to_host(x: Tensor) -> Tensor:
+    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
 
 def _to_gpu(batch: Batch) -> Batch:
