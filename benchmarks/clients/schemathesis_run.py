@@ -45,7 +45,7 @@ def run(url: str, options: argparse.Namespace) -> tuple[int, int]:
         interpreter("schemathesis", options.venvs).with_name("schemathesis"), "run", f"{url}/openapi.json",
         "--checks", "all", "--exclude-checks", "positive_data_acceptance",
         "--max-examples", str(-(-options.cases // CASES_AN_EXAMPLE)), "--seed", str(options.seed),
-        "--continue-on-failure", "--request-timeout", "60", "--no-color",
+        "--continue-on-failure", "--request-timeout", "300", "--max-response-time", "300", "--no-color",
     ]  # fmt: skip
     drawn = 0
     # It keeps what it found in the folder it runs in.
