@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -11,12 +12,14 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
 
 from benchmarks.cluster import Cluster, cluster
+from services.gateway.samples import SAMPLES, Sample
 
 pytestmark = pytest.mark.cluster
 
@@ -100,6 +103,22 @@ def test_the_question(client: openai.OpenAI):
     reasoning = "".join(getattr(d, "reasoning_content", None) or "" for d in deltas)
     answer = "".join(d.content or "" for d in deltas)
     assert "132" in answer and "7 + 5" in reasoning and "think>" not in answer + reasoning
+
+
+@pytest.mark.parametrize("sample", [pytest.param(s, id=s.name) for s in SAMPLES if s.call])
+def test_an_example_of_the_docs_with_the_model_in_the_box(
+    running: Cluster, client: openai.OpenAI, sample: Sample, capsys: pytest.CaptureFixture[str]
+):
+    names: dict[str, Any] = {}
+    exec(compile(sample.python(running.url, "tiny"), sample.name, "exec"), names)
+    names["client"].close()
+    shown = capsys.readouterr().out.strip()
+    assert shown
+    if sample.name == "json":
+        assert set(json.loads(shown)) == {"sum"}
+    if sample.name == "tool":
+        function, _, arguments = shown.partition(" ")
+        assert function == "add" and set(json.loads(arguments)) == {"a", "b"}
 
 
 def test_a_killed_shard_ends_requests_with_an_error_and_comes_back(running: Cluster, client: openai.OpenAI):

@@ -109,6 +109,19 @@ async def test_free_until_the_end_of_reasoning():
         assert EOS not in hasty.tokens
 
 
+async def test_reasoning_without_an_end_leaves_room_for_what_the_output_must_be():
+    endless = {"after": END_THINK, "logit_bias": ((END_THINK, -100.0),), "max_tokens": 40}
+    async with compose() as cluster:
+        held = await cluster.client.ask(prompt(), follow("regex", "[0-9]{4}", **endless))
+        assert held.tokens.index(END_THINK) == 30
+        assert re.fullmatch("[0-9]{4}", tokenizer().decode(held.tokens[31:])) and held.last.finish == "stop"
+        ignoring = await cluster.client.ask(prompt(), follow("regex", "[0-9]{4}", **endless, ignore_eos=True))
+        assert ignoring.tokens == held.tokens
+        # Nothing has to come, so nothing is lost.
+        free = await cluster.client.ask(prompt(), follow("regex", "([0-9]{4})?", **endless, ignore_eos=True))
+        assert END_THINK not in free.tokens and len(free.tokens) == 40
+
+
 async def test_min_tokens_and_ignore_eos_hold_as_far_as_the_grammar_lets_them():
     keen = ((EOS, 100.0),)
     async with compose() as cluster:

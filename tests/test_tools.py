@@ -32,29 +32,25 @@ from services.gateway.protocol import (
     param_of,
 )
 from services.gateway.tokenizer import ChatTemplate, Tokenizer
-from services.gateway.tools import (
-    DEEPSEEK_V3,
-    DEEPSEEK_V31,
-    HERMES,
+from services.gateway.tool_parser import (
     Arguments,
     CallBegin,
     CallEnd,
     Event,
-    Syntax,
     Text,
-    ToolChoice,
-    ToolFormat,
     ToolParser,
-    assistant_tool_calls,
     call_delta,
-    check_tools,
     collected,
     finish_reason,
+)
+from services.gateway.tool_template import (
+    ToolFormat,
+    assistant_tool_calls,
     template_messages,
     template_tools,
     tool_format,
-    tool_grammar,
 )
+from services.gateway.tools import DEEPSEEK_V3, DEEPSEEK_V31, HERMES, Syntax, ToolChoice, check_tools, tool_grammar
 
 TINY = Tokenizer("models/tiny")
 EOS = 1

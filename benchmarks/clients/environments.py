@@ -20,6 +20,7 @@ from benchmarks.cluster import ROOT, cluster
 PINS: dict[str, tuple[str, ...]] = {
     "openai": ("openai==3.57.0",),
     "openai-1.x": ("openai==1.109.1",),
+    "schemathesis": ("schemathesis==4.32.5",),
     "lm-eval": ("lm-eval[api]==0.4.13", "transformers==5.24.0"),
     "evalscope": ("evalscope[perf]==1.14.1",),
     "guidellm": ("guidellm==0.8.1", "torch==2.13.0"),
@@ -42,10 +43,14 @@ def interpreter(client: str, folder: Path) -> Path:
     return python
 
 
+def environment() -> dict[str, str]:
+    """A client's: what this process was told about other endpoints and packages is kept from it."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "PYTHON"))} | OFFLINE
+
+
 def run(python: Path, *arguments: str | Path, folder: Path | None = None) -> int:
-    """The exit status. What this process was told about other endpoints and packages is kept from the client."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "PYTHON"))}
-    return subprocess.run([python, *arguments], cwd=folder, env=own | OFFLINE).returncode
+    """The exit status."""
+    return subprocess.run([python, *arguments], cwd=folder, env=environment()).returncode
 
 
 def command_line(doc: str | None) -> argparse.ArgumentParser:
@@ -60,10 +65,11 @@ def command_line(doc: str | None) -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def endpoint(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """(URL, model), of the endpoint that was named or of a cluster that lives as long as this."""
+def endpoint(options: argparse.Namespace, **settings: object) -> Iterator[tuple[str, str]]:
+    """(URL, model), of the endpoint that was named or of a cluster with `settings` that lives as long as this."""
     with contextlib.ExitStack() as stack:
-        url = (options.url or stack.enter_context(cluster(model=options.checkpoint)).url).rstrip("/")
+        url = options.url or stack.enter_context(cluster(model=options.checkpoint, **settings)).url
+        url = url.rstrip("/")
         with urllib.request.urlopen(f"{url}/v1/models") as answer:
             first = json.load(answer)["data"][0]["id"]
         yield url, options.model or first

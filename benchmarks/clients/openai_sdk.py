@@ -1,6 +1,6 @@
 """The openai SDK, current and 1.x, does with the endpoint what its users do; the checks are openai_checks.py.
 
-python -m benchmarks.clients.openai_sdk [--url http://127.0.0.1:8000] [--model tiny]
+python -m benchmarks.clients.openai_sdk [--url http://127.0.0.1:8000] [--model tiny] [--sdk openai]
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ CHECKS = Path(__file__).parent / "openai_checks.py"
 
 def main() -> int:
     parser = command_line(__doc__)
+    both = ["openai", "openai-1.x"]
+    parser.add_argument("--sdk", choices=both, nargs="+", default=both, help="which of the two (default: both)")
     parser.add_argument("--only", default="", help="only checks whose names contain this")
     options = parser.parse_args()
     failures = 0
     with endpoint(options) as (url, model):
-        for client in ("openai", "openai-1.x"):
+        for client in options.sdk:
             python = interpreter(client, options.venvs)
             print(f"\n{PINS[client][0]} at {url}", flush=True)
             failures += run(python, CHECKS, url, model, options.only) != 0

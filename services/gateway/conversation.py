@@ -10,15 +10,8 @@ from common.errors import InvalidRequest
 from services.gateway.protocol import ChatBody, Tool
 from services.gateway.reasoning import CLOSE, OPEN
 from services.gateway.tokenizer import Tokenizer
-from services.gateway.tools import (
-    Syntax,
-    ToolChoice,
-    ToolFormat,
-    check_tools,
-    template_messages,
-    template_tools,
-    tool_format,
-)
+from services.gateway.tool_template import ToolFormat, template_messages, template_tools, tool_format
+from services.gateway.tools import Syntax, ToolChoice, check_tools
 
 _MARK = "\u2063\u2060continued\u2060\u2063"  # where a continued message ends in the rendered text
 

@@ -11,7 +11,7 @@ from services.gateway.detokenizer import Detokenizer
 from services.gateway.prepare import Job
 from services.gateway.reasoning import ReasoningSplitter
 from services.gateway.stops import StopStrings
-from services.gateway.tools import Arguments, CallBegin, CallEnd, Event, Text, ToolParser, finish_reason
+from services.gateway.tool_parser import Arguments, CallBegin, CallEnd, Event, Text, ToolParser, finish_reason
 
 
 class Scored(NamedTuple):

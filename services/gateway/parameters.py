@@ -46,7 +46,8 @@ FIELDS: dict[str, str] = {
     "logit_bias": "Token id (as a text) to what is added to its logit, from -100 to 100. Default: none.",
     # ---- shape of the output
     "response_format": "`text`, `json_object`, or `json_schema` with a schema that the output will match. "
-    "Reasoning, where the model does, comes before and is free. Default: text.",
+    "Reasoning, where the model does, comes before and is free; it ends at the latest when three quarters of the "
+    "output are used up. Default: text.",
     "structured_outputs": "vLLM's way to say what the output must match: one of `json`, `regex`, `grammar` (Lark), "
     "`choice`. Default: none.",
     "guided_json": "A JSON schema the output must match; the older name of `structured_outputs.json`.",
@@ -56,7 +57,8 @@ FIELDS: dict[str, str] = {
     "text": "`format`: `text`, `json_object`, or `json_schema` with a schema that the output will "
     "match. Default: text.",
     "tools": "Functions that the model may call. Default: none.",
-    "tool_choice": "`none`, `auto`, `required`, or the one function that must be called. Default: auto with tools.",
+    "tool_choice": "`none`, `auto`, `required`, or the one function that must be called; a call that must come has the "
+    "last quarter of the output, however long the model reasons. Default: auto with tools.",
     "parallel_tool_calls": "false: at most one call an answer. Default: true.",
     "functions": "The older form of `tools`, not supported: only an empty list is taken.",
     "function_call": "The older form of `tool_choice`, not supported.",

@@ -16,7 +16,7 @@ from common.messages import TokenLogprobs
 from services.gateway.output import Delta, Output, PromptReport
 from services.gateway.protocol import AnyBody, ToolCall
 from services.gateway.tokenizer import Tokenizer
-from services.gateway.tools import ToolCallDelta, call_delta, collected
+from services.gateway.tool_parser import ToolCallDelta, call_delta, collected
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode

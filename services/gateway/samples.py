@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 QUESTION = [{"role": "user", "content": "What is 47 + 85?"}]
+NUMBER = {"type": "integer", "minimum": 0, "maximum": 999}
 ADD = {
     "type": "function",
     "function": {
@@ -16,14 +17,15 @@ ADD = {
         "description": "Add two numbers.",
         "parameters": {
             "type": "object",
-            "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}},
+            "properties": {"a": NUMBER, "b": NUMBER},
             "required": ["a", "b"],
+            "additionalProperties": False,
         },
     },
 }
 SUM = {
     "type": "object",
-    "properties": {"sum": {"type": "integer", "minimum": 0, "maximum": 999}},
+    "properties": {"sum": NUMBER},
     "required": ["sum"],
     "additionalProperties": False,
 }

@@ -37,6 +37,8 @@ LIMITS: dict[str, Any] = {"max_items_in_row": 10_000, "max_lexer_states": 20_000
 # Between JSON's tokens the library allows any number of blanks, in which a model may lose itself: here it is what
 # people write, nothing, one blank, or a line break and its indentation.
 JSON: JsonCompileOptions = {"whitespace_pattern": r"[ ]|\n[ ]{0,40}"}
+# A model may reason without end, and never come to what its output must be.
+REASONING_SHARE = 0.75  # of max_tokens, where the grammar asks for something
 
 
 @dataclass
@@ -48,7 +50,8 @@ class Compiled:
 
 
 class Constraint:
-    """One output's way through its grammar. With `after` it is free up to and with that token."""
+    """One output's way through its grammar. With `after` it is free up to and with that token, which comes at the
+    latest when REASONING_SHARE is used up, unless nothing has to follow it."""
 
     def __init__(self, compiled: Compiled, after: int | None) -> None:
         self._compiled = compiled
@@ -58,6 +61,15 @@ class Constraint:
     @property
     def free(self) -> bool:
         return self._after is not None
+
+    @property
+    def unmet(self) -> bool:
+        """It is free, and something has to follow."""
+        return self.free and not self.matcher.is_accepting()
+
+    def due(self, outputs: int, max_tokens: int) -> int | None:
+        """The token that has to come after so many outputs, where what follows would lack the room."""
+        return self._after if self.unmet and outputs >= int(REASONING_SHARE * max_tokens) else None
 
     @property
     def complete(self) -> bool:
@@ -195,7 +207,10 @@ class Masks:
         if following:
             self._executor.unsafe_compute_mask_ptr(following, mask.ctypes.data, self._words * 4, len(sequences))
         for row, sequence, constraint in held:
-            if ends := self._forbidden_ends(sequence, constraint):
+            if (due := constraint.due(sequence.outputs, sequence.request.sampling.max_tokens)) is not None:
+                mask[row] = 0
+                mask.view(np.uint32)[row, due // 32] = 1 << due % 32
+            elif ends := self._forbidden_ends(sequence, constraint):
                 _forbid(mask[row], ends)
         return torch.from_numpy(mask)
 
@@ -204,8 +219,7 @@ class Masks:
         sampling = sequence.request.sampling
         if sequence.outputs < sampling.min_tokens:
             return (*self._eos_ids, *sampling.stop_token_ids)
-        before_grammar = constraint.free and not constraint.matcher.is_accepting()
-        return self._eos_ids if before_grammar or sampling.ignore_eos else ()
+        return self._eos_ids if constraint.unmet or sampling.ignore_eos else ()
 
 
 def _forbid(row: NDArray[np.int32], tokens: Iterable[int]) -> None:
