@@ -6,7 +6,9 @@ the others running.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 LONGEST_START_SECONDS = 5.0
+LONGEST_STOP_SECONDS = 7.0  # honcho itself kills after 5
 SETTLE_SECONDS = 0.3  # from a line's start to honcho's knowing its pid
 
 
@@ -42,6 +45,16 @@ def _as_child() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS | {signal.SIGCHLD})
 
 
+def _end(honcho: subprocess.Popen[bytes]) -> None:
+    """One whose output nobody reads any more hears no signal."""
+    lines = [line for each in children(honcho.pid) for line in children(each)]
+    honcho.kill()
+    honcho.wait()
+    for line in lines:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(line, signal.SIGTERM)
+
+
 def main(formation: str = "", procfile: str = "Procfile") -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS | {signal.SIGCHLD})
     honcho = subprocess.Popen(
@@ -55,10 +68,14 @@ def main(formation: str = "", procfile: str = "Procfile") -> int:
             break
         time.sleep(0.02)
     time.sleep(SETTLE_SECONDS)
+    deadline = float("inf")
     while honcho.poll() is None:
         told = signal.sigtimedwait(SIGNALS | {signal.SIGCHLD}, 1.0)
         if told is not None and told.si_signo != signal.SIGCHLD:
             honcho.send_signal(told.si_signo if told.si_signo != signal.SIGHUP else signal.SIGTERM)
+            deadline = min(deadline, time.monotonic() + LONGEST_STOP_SECONDS)
+        if time.monotonic() > deadline:
+            _end(honcho)
     return honcho.returncode if honcho.returncode >= 0 else 128 - honcho.returncode
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from common.errors import InvalidRequest
 from common.messages import MOST_GRAMMAR_BYTES, Grammar
 from common.settings import Settings
+from services.gateway import structured
 from services.gateway.structured import one_of
 from tests.api_front import TOKENIZER, Front, make_front
 
@@ -150,3 +151,11 @@ def test_a_choice_admits_its_texts_and_no_other(texts: list[str], other: str) ->
         data = list(text.encode())
         admitted = matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
         assert admitted == (text in texts)
+
+
+async def test_a_million_choices_are_refused_before_anything_is_made_of_them(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structured, "one_of", lambda _: pytest.fail("it was made"))
+    error = await front.refused(400, CHAT, guided_choice=["a"] * 500_000)
+    assert "guided_choice is 999999 bytes: the limit is" in error["message"] and error["param"] == "guided_choice"

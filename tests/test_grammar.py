@@ -247,6 +247,16 @@ async def test_a_limit_that_is_met_on_the_way_ends_the_output_with_the_reason(mo
         assert cluster.workers[0].engine.planner.allocator.owned == 0
 
 
+async def test_a_grammar_whose_masks_take_too_long_ends_its_own_output_alone():
+    async with compose() as cluster:
+        slow = cluster.client.ask(
+            prompt(), follow("lark", "start: s\ns: s s | /[a-z ]/", max_tokens=1000, ignore_eos=True)
+        )
+        ended, plain = await asyncio.gather(slow, cluster.client.ask(prompt(), greedy(20, ignore_eos=True)))
+        assert ended.last.finish == "error" and "Too many items" in ended.last.error[1]
+        assert plain.last.finish == "length" and len(plain.tokens) == 20
+
+
 # ---- what is kept
 
 

@@ -47,8 +47,12 @@ def constraint_of(body: AnyBody) -> Constraint | None:
     (constraint,) = asked
     size = len(constraint.text.encode())
     if size > MOST_GRAMMAR_BYTES:
-        raise InvalidRequest(f"{constraint.field} is {size} bytes: the limit is {MOST_GRAMMAR_BYTES}", constraint.field)
+        raise _too_long(constraint.field, size)
     return constraint
+
+
+def _too_long(field: str, size: int) -> InvalidRequest:
+    return InvalidRequest(f"{field} is {size} bytes: the limit is {MOST_GRAMMAR_BYTES}", field)
 
 
 def _of_response_format(form: ResponseFormat | None) -> Iterator[Constraint]:
@@ -81,6 +85,9 @@ def _of_fields(
     if regex is not None:
         yield Constraint("regex", regex, f"{prefix}regex")
     if choice is not None:
+        # A million texts would hold up every client before their regular expression is found too long.
+        if (size := len(choice) - 1 + sum(map(len, choice))) > MOST_GRAMMAR_BYTES:
+            raise _too_long(f"{prefix}choice", size)
         yield Constraint("regex", one_of(choice), f"{prefix}choice")
     if grammar is not None:
         yield Constraint("lark", grammar, f"{prefix}grammar")

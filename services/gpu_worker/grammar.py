@@ -33,7 +33,10 @@ MOST_WORDS = 500  # characters of the library's explanation that a client is tol
 COMPILE_SECONDS = 1.5  # less than a gateway waits for an admission
 COMPILE_THREADS = 2
 # A lexer's states take up to 2 kB each and stay with the compiled grammar.
-LIMITS: dict[str, Any] = {"max_items_in_row": 10_000, "max_lexer_states": 20_000, "verbose_errors": False}
+# And a token's mask may take some 0.1 s: every stream of the worker waits for it.
+LIMITS: dict[str, Any] = {
+    "max_items_in_row": 10_000, "step_max_items": 10_000, "max_lexer_states": 20_000, "verbose_errors": False,
+}  # fmt: skip
 # Between JSON's tokens the library allows any number of blanks, in which a model may lose itself: here it is what
 # people write, nothing, one blank, or a line break and its indentation.
 JSON: JsonCompileOptions = {"whitespace_pattern": r"[ ]|\n[ ]{0,40}"}
@@ -81,7 +84,7 @@ class Constraint:
         if self.free:
             if token == self._after:
                 self._after = None
-        elif not self.matcher.consume_token(token):
+        elif self.matcher.is_error() or not self.matcher.consume_token(token):  # its mask met a limit
             self._compiled.broken = True
             raise _refusal(f"the output cannot follow the grammar any further: {_why(self.matcher)}")
 
