@@ -15,8 +15,8 @@ from random import Random
 import msgspec
 
 from benchmarks.client import Endpoint, Record, Request, ask
-from benchmarks.load import Clock, Lengths, Maker, progress, reasons
 from benchmarks.timing import Spread, intervals, number
+from benchmarks.traffic import Clock, Lengths, Maker, progress, reasons
 
 SETTLE_SECONDS = 1.0  # from the last stream's first token until the first span
 LOOK_SECONDS = 0.02

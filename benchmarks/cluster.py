@@ -47,7 +47,7 @@ class Cluster:
         command = [sys.executable, "-m", "honcho", "start", "-c", formation]
         self.honcho = subprocess.Popen(
             command, cwd=ROOT, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )  # fmt: skip
 
     def output(self) -> str:
@@ -107,7 +107,7 @@ class Cluster:
         Path(self.log.name).unlink(missing_ok=True)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A benchmark or test that is itself killed must not leave a cluster running."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

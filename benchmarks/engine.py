@@ -39,7 +39,7 @@ from common.messages import Generate, Sampling
 from common.model_config import ModelConfig
 from common.source import open_source
 from kernels.quant import Fp8Blocks
-from services.expert_shard.stacks import ExpertStack, load_stack
+from services.expert_shard.stacks import ExpertStack, load_stacks
 from services.gpu_worker.engine import Engine, StepOutput
 from services.gpu_worker.gpu_engine import make_engine
 from services.gpu_worker.graphs import GpuRunner, UnderWay
@@ -219,6 +219,10 @@ class Peer:
         return line.strip()
 
 
+def held(layers: int, of: int) -> None:
+    progress(f"experts of layer {layers} of {of}: {torch.cuda.memory_allocated() / 1e9:.1f} GB held")
+
+
 def load(shape: str, layers: int, apart: bool) -> tuple[ModelConfig, Weights, dict[int, ExpertStack]]:
     """`apart`: the shared experts are the worker's own, as beside a link."""
     started = time.perf_counter()
@@ -227,12 +231,9 @@ def load(shape: str, layers: int, apart: bool) -> tuple[ModelConfig, Weights, di
         config = ModelConfig.load(path, weights="random")
         source = open_source(path, config, "random")
         weights = load_weights(config, source, "cuda", shared=apart)
-        stacks = {}
-        for layer in config.moe_layers:
-            stacks[layer] = load_stack(
-                config, source, layer, range(config.experts), "cuda", shared=not apart, fp8=config.fp8
-            )  # fmt: skip
-            progress(f"layer {layer}: {torch.cuda.memory_allocated() / 1e9:.1f} GB held")
+        stacks = load_stacks(
+            config, source, range(config.experts), "cuda", shared=not apart, fp8=config.fp8, progress=held
+        )
     torch.cuda.synchronize()
     progress(f"weights drawn in {time.perf_counter() - started:.1f} s")
     return config, weights, stacks

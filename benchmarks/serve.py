@@ -28,8 +28,8 @@ import uvloop
 
 from benchmarks import beside, plot
 from benchmarks.client import Endpoint, Record
-from benchmarks.load import Clock, Lengths, Maker, ask_all, reasons
 from benchmarks.timing import Spread, intervals, number, tpot
+from benchmarks.traffic import Clock, Lengths, Maker, ask_all, reasons
 
 BUSY = 0.8  # of a core: from here on the client may be what is measured
 HEAD = """| streams | requests | failed | TTFT ms | TPOT ms | ITL ms | tok/s a GPU | tok/s a user | client CPU |

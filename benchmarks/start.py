@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -34,7 +33,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from benchmarks.cluster import ROOT, free_ports
+from benchmarks.cluster import ROOT, die_with_parent, free_ports
 
 POLL_SECONDS = 0.02
 STOP_SECONDS = 20.0
@@ -105,7 +104,7 @@ class Server:
         self._process = subprocess.Popen(
             [part.replace("{port}", str(self.port)) for part in command], cwd=ROOT, env={**env, **own}, text=True,
             errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )  # fmt: skip
         assert self._process.stdout is not None
         self.log = Log(self._process.stdout, self.began)
@@ -178,11 +177,6 @@ class Server:
         asked = urllib.request.Request(f"{self.url}{path}", data, {"content-type": "application/json"})
         with urllib.request.urlopen(asked, timeout=limit) as answer:
             return json.load(answer)
-
-
-def _die_with_parent() -> None:
-    """A benchmark that is itself killed must not leave a server running."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from common.source import CODED, Progress, Read, empty, put
-from common.transfer import Transfer, transfer
+from common.transfer import Transfer, open_file, read_into, transfer
 from kernels.quant import GROUP, Fp8Blocks, dequantise
 
 INDEX = "model.safetensors.index.json"
@@ -184,14 +184,6 @@ def _value(entry: Entry, dtype: torch.dtype) -> Tensor:
 
 def _read(path: Path, start: int, size: int) -> bytearray:
     data = bytearray(size)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start, os.SEEK_SET)
-            view, got = memoryview(data), 0
-            while got < size and (count := file.readinto(view[got:])):
-                got += count
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    if got < size:
-        raise ConfigError(f"{path} ends too early")
+    with ExitStack() as stack:
+        read_into(memoryview(data), open_file(path, stack), path, start)
     return data

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from common.errors import ConfigError
 from common.settings import Settings
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
+    """torch.cuda.graph without garbage collection: one in its middle may free tensors, which a capture forbids."""
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, **options):
+            yield
+    finally:
+        gc.enable()
 
 
 def on_gpu(settings: Settings) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ class ModelConfig:
     def partitions(self) -> int:
         """A partition is the experts with the same id modulo this, over all layers."""
         return self.experts if self.experts <= 64 else 64
+
+    def experts_of(self, partitions: Iterable[int]) -> list[int]:
+        return sorted(e for p in partitions for e in range(p, self.experts, self.partitions))
 
     @property
     def latent(self) -> int:

@@ -51,7 +51,7 @@ def transfer(transfers: Sequence[Transfer], advance: Callable[[int], None], *, t
         return
     device = transfers[0].out.device
     with ExitStack() as stack:
-        files = {path: _open(path, stack) for path in {one.path for one in transfers}}
+        files = {path: open_file(path, stack) for path in {one.path for one in transfers}}
         in_order = sorted(transfers, key=lambda one: (one.path, one.start))
         chunks = deque(chunk for one in in_order for chunk in _chunks(one, files[one.path]))
         threads = min(threads or (THREADS if device.type == "cuda" else 1), len(chunks))
@@ -65,7 +65,8 @@ def transfer(transfers: Sequence[Transfer], advance: Callable[[int], None], *, t
                     done.result()
 
 
-def _open(path: Path, stack: ExitStack) -> int:
+def open_file(path: Path, stack: ExitStack) -> int:
+    """Closed with `stack`. Raises ConfigError naming `path`."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -150,13 +151,17 @@ class _GpuLane(_Lane):
 
 def _read(chunk: _Chunk, into: Tensor) -> Tensor:
     """Returns `into`, which is as many bytes of this process's memory."""
-    view: memoryview = into.view(torch.uint8).numpy().data
+    read_into(into.view(torch.uint8).numpy().data, chunk.fd, chunk.path, chunk.start)
+    return into
+
+
+def read_into(view: memoryview, fd: int, path: Path, start: int) -> None:
+    """As many bytes as `view` has, from `start` on. Raises ConfigError naming `path`."""
     got = 0
     try:
-        while got < len(view) and (count := os.preadv(chunk.fd, [view[got:]], chunk.start + got)):
+        while got < len(view) and (count := os.preadv(fd, [view[got:]], start + got)):
             got += count
     except OSError as error:
-        raise ConfigError(f"{chunk.path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     if got < len(view):
-        raise ConfigError(f"{chunk.path} ends too early")
-    return into
+        raise ConfigError(f"{path} ends too early")

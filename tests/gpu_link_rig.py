@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -16,20 +16,12 @@ from kernels.link import SlabLayout, views
 from kernels.link.ipc import DeviceMemory, HostWords
 from services.expert_shard.gpu_server import GpuAttachment, GpuServer
 from services.expert_shard.launches import GpuLaunches
-from services.expert_shard.stacks import ExpertStack, load_stack
+from services.expert_shard.stacks import load_stacks
 from services.gpu_worker.device_link import DeviceLink
 from services.gpu_worker.gpu_steps import GpuPeer, Steps
 from services.gpu_worker.table import Table, make_table, missing_reason
 
 BOOT = 0xB007
-
-
-def stacks_of(
-    config: ModelConfig, source: Source, experts: Sequence[int], *, shared: bool, fp8: bool
-) -> Mapping[int, ExpertStack]:
-    return {
-        layer: load_stack(config, source, layer, experts, "cuda", shared=shared, fp8=fp8) for layer in config.moe_layers
-    }
 
 
 def deal(config: ModelConfig, shards: int) -> list[tuple[str, ...]]:
@@ -59,7 +51,7 @@ class LinksInProcess:
         for index in range(shards):
             mine = [p for p, names in enumerate(owners) if f"s{index}" in names]
             experts = sorted(e for p in mine for e in range(p, config.experts, config.partitions))
-            stacks = stacks_of(config, source, experts, shared=False, fp8=fp8)
+            stacks = load_stacks(config, source, experts, "cuda", shared=False, fp8=fp8)
             slab = DeviceMemory.allocate(layout.request_bytes())
             views.format_requests(slab.tensor(), layout, BOOT)
             launches = GpuLaunches(

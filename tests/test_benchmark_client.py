@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from benchmarks.beside import span
 from benchmarks.client import Endpoint, Record, Request, ask
-from benchmarks.load import Maker, reasons
 from benchmarks.plot import HEIGHT, LEFT, TOP, WIDTH, Curve, Point, svg, ticks
 from benchmarks.sse import BadAnswer, Events, Response
 from benchmarks.timing import Spread, intervals, number, percentile, spread_tokens, tpot
+from benchmarks.traffic import Maker, reasons
 
 # ---- figures
 

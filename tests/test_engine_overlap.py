@@ -4,8 +4,6 @@ launched, as a GPU's does, against the one that does not overlap."""
 from __future__ import annotations
 
 import functools
-import threading
-from collections import defaultdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,7 +13,7 @@ import structlog
 
 from common.checkpoint import Checkpoint
 from common.link import LocalLink
-from common.messages import Generate, Sampling, TokenChunk
+from common.messages import Generate, TokenChunk
 from common.model_config import ModelConfig
 from common.pages import page_hashes
 from services.expert_shard.experts import ExpertStore
@@ -27,6 +25,7 @@ from services.gpu_worker.planner import UNKNOWN, Plan, Planner, Sequence
 from services.gpu_worker.runner import Computed, CpuRunner
 from services.gpu_worker.sampler import Sampler
 from services.gpu_worker.weights import load_weights
+from tests.engine_rig import Told, ask
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 
@@ -57,45 +56,27 @@ class LateRunner(CpuRunner):
         return computed
 
 
-class Told:
+class Run(Told):
     def __init__(self, runner: type[CpuRunner], *, pages: int = 64, max_batch: int = 6, chunk: int = 96) -> None:
+        super().__init__()
         config, model = tiny()
-        self.chunks: dict[str, list[TokenChunk]] = defaultdict(list)
-        self._changed = threading.Condition()
         sampler = Sampler(config, max_batch=max_batch, threads=1)
         planner = Planner(
             PageAllocator(pages), config.fingerprint, max_batch=max_batch, pace=Pace(chunk), prefix_cache=True
         )
         log = structlog.get_logger()
         self.runner = runner(model, model.new_cache(pages), sampler, log)
-        self.engine = Engine(config, self.runner, planner, sampler, self._emit, log)
-
-    def _emit(self, output: StepOutput) -> None:
-        with self._changed:
-            for chunks in output.chunks.values():
-                for chunk in chunks:
-                    self.chunks[chunk.request_id].append(chunk)
-            self._changed.notify_all()
+        self.engine = Engine(config, self.runner, planner, sampler, self.emit, log)
 
     def run(self, requests: list[Generate]) -> dict[str, list[TokenChunk]]:
         for request in requests:
             self.engine.submit(request)
         self.engine.start()
-        with self._changed:
-            ended = self._changed.wait_for(lambda: self.engine.crashed or all(map(self.over, requests)), 120)
-        assert ended and self.engine.crashed is None
+        self.wait(requests)
         self.engine.stop()
         self.engine.planner.check()
         assert self.engine.planner.allocator.owned == 0
         return self.chunks
-
-    def over(self, request: Generate) -> bool:
-        chunks = self.chunks[request.request_id]
-        return bool(chunks and chunks[-1].finish)
-
-
-def ask(name: str, prompt: list[int], **sampling: Any) -> Generate:
-    return Generate(request_id=name, gateway_id="g", prompt=tuple(prompt), sampling=Sampling(**sampling))
 
 
 def load(seed: int, count: int = 9) -> list[Generate]:
@@ -125,8 +106,8 @@ def load(seed: int, count: int = 9) -> list[Generate]:
 def test_overlapping_changes_nothing_that_is_told(seed: int, pages: int) -> None:
     """With nine pages requests are preempted, some of them while their last token is unknown."""
     requests = load(seed)
-    late = Told(LateRunner, pages=pages).run(requests)
-    plain = Told(CpuRunner, pages=pages).run(requests)
+    late = Run(LateRunner, pages=pages).run(requests)
+    plain = Run(CpuRunner, pages=pages).run(requests)
     for request in requests:
         name = request.request_id
         assert [_told(c) for c in late[name]] == [_told(c) for c in plain[name]], name
@@ -141,10 +122,10 @@ def _told(chunk: TokenChunk) -> tuple:
 
 
 def test_a_request_aborted_while_its_step_is_under_way_ends_once() -> None:
-    told = Told(LateRunner)
+    told = Run(LateRunner)
     requests = [ask("gone", [5] * 40, max_tokens=200, temperature=1.0, seed=1, ignore_eos=True),
                 ask("stays", [6] * 40, max_tokens=60, temperature=1.0, seed=2, ignore_eos=True)]  # fmt: skip
-    alone = Told(LateRunner).run([requests[1]])["stays"]
+    alone = Run(LateRunner).run([requests[1]])["stays"]
     emit = told.engine._emit
 
     def aborting(output: StepOutput) -> None:
@@ -162,7 +143,7 @@ def test_a_request_aborted_while_its_step_is_under_way_ends_once() -> None:
 def test_the_pages_of_what_ended_late_are_known_to_those_that_come_after() -> None:
     """Tokens of a page become known after it was filled: it is found all the same."""
     prompt = [7] * 100
-    told = Told(LateRunner)
+    told = Run(LateRunner)
     first = told.run([ask("a", prompt, max_tokens=60, temperature=1.0, seed=3, ignore_eos=True)])["a"]
     allocator = told.engine.planner.allocator
     tokens = prompt + [t for c in first for t in c.tokens]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from common.messages import Generate, Sampling, TokenChunk
+from common.messages import Generate
 from common.model_config import ModelConfig
 from common.source import open_source
-from services.expert_shard.stacks import load_stack
-from services.gpu_worker.engine import Engine, StepOutput
+from services.expert_shard.stacks import load_stacks
 from services.gpu_worker.weights import load_weights
+from tests.engine_rig import Told, ask
 from tests.rounding import rounded
 from tests.test_loading import write_fp8
 from tests.test_model import error_ratio, open_model, whole
@@ -29,9 +27,8 @@ pytestmark = pytest.mark.gpu
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 LIMIT = 2e-2
-MORE = (
-    1.5  # than the rounding that the CPU's model imitates, which leaves out what lies between two products of experts
-)
+# Times the rounding that tests/rounding.py imitates, which leaves out what lies between an expert's two products.
+MORE = 1.5
 SHAPES: dict[str, dict[str, Any]] = {
     "v2-lite-like": dict(n_routed_experts=16, num_experts_per_tok=4),
     "v3-like": dict(n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, q_lora_rank=128),
@@ -43,16 +40,13 @@ WIDTHS: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-class Served:
-    """An engine with all experts in this process, and what it told."""
+class Served(Told):
+    """An engine with all experts in this process."""
 
     def __init__(self, folder: Path, *, overlaps: bool = True, experts_fp8: bool = False, **settings: Any) -> None:
         config = ModelConfig.load(folder)
         source = open_source(folder, config, "checkpoint")
-        stacks = {
-            layer: load_stack(config, source, layer, range(config.experts), "cuda", shared=True, fp8=experts_fp8)
-            for layer in config.moe_layers
-        }
+        stacks = load_stacks(config, source, range(config.experts), "cuda", shared=True, fp8=experts_fp8)
         weights = load_weights(config, source, "cuda", shared=False)
         kind = dict(max_batch=8, max_context=640, chunk_tokens=256, prefix_cache=True, pages=128) | settings
         self._make(config, weights, stacks, kind)
@@ -62,16 +56,8 @@ class Served:
     def _make(self, config: ModelConfig, weights: Any, stacks: Any, settings: dict[str, Any]) -> None:
         from services.gpu_worker.gpu_engine import make_engine
 
-        self.chunks: dict[str, list[TokenChunk]] = defaultdict(list)
-        self._changed = threading.Condition()
-        self.engine: Engine = make_engine(config, weights, stacks, self._emit, **settings)
-
-    def _emit(self, output: StepOutput) -> None:
-        with self._changed:
-            for chunks in output.chunks.values():
-                for chunk in chunks:
-                    self.chunks[chunk.request_id].append(chunk)
-            self._changed.notify_all()
+        super().__init__()
+        self.engine = make_engine(config, weights, stacks, self.emit, **settings)
 
     def run(self, *requests: Generate) -> list[list[int]]:
         """Each one's tokens."""
@@ -80,19 +66,8 @@ class Served:
         return self.told(*requests)
 
     def told(self, *requests: Generate) -> list[list[int]]:
-        ids = [r.request_id for r in requests]
-        with self._changed:
-            ended = self._changed.wait_for(lambda: all(self.finish(i) or self.engine.crashed for i in ids), 120)
-        assert ended and not self.engine.crashed, self.engine.crashed
-        return [[token for chunk in self.chunks[i] for token in chunk.tokens] for i in ids]
-
-    def finish(self, request_id: str) -> str | None:
-        chunks = self.chunks[request_id]
-        return chunks[-1].finish if chunks else None
-
-
-def ask(name: str, prompt: Sequence[int], **sampling: Any) -> Generate:
-    return Generate(request_id=name, gateway_id="g", prompt=tuple(prompt), sampling=Sampling(**sampling))
+        self.wait(requests)
+        return [[token for chunk in self.chunks[r.request_id] for token in chunk.tokens] for r in requests]
 
 
 def prompts(count: int, length: int, vocab: int) -> list[list[int]]:

@@ -20,9 +20,11 @@ from benchmarks.link_rig import mps
 from common.messages import Generate
 from common.model_config import ModelConfig
 from common.source import open_source
+from services.expert_shard.stacks import load_stacks
 from services.gpu_worker.weights import load_weights
-from tests.gpu_link_rig import LinksInProcess, stacks_of
-from tests.test_gpu_engine import LIMIT, SHAPES, WIDTHS, Served, ask, prompts
+from tests.engine_rig import ask
+from tests.gpu_link_rig import LinksInProcess
+from tests.test_gpu_engine import LIMIT, SHAPES, WIDTHS, Served, prompts
 from tests.tiny_models import make_model, write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -49,7 +51,7 @@ class Local(Steady):
     def __init__(self, folder: Path, *, experts_fp8: bool = False, **settings: Any) -> None:
         config = ModelConfig.load(folder)
         source = open_source(folder, config, "checkpoint")
-        stacks = stacks_of(config, source, range(config.experts), shared=False, fp8=experts_fp8)
+        stacks = load_stacks(config, source, range(config.experts), "cuda", shared=False, fp8=experts_fp8)
         self._make(config, load_weights(config, source, "cuda"), stacks, KIND | settings)
         self.sizes: set[int] = set()  # rows of its prefills
         passed = self.engine.runner._prefill

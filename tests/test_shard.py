@@ -106,10 +106,10 @@ def test_a_shard_that_holds_nothing_answers_zeros(folder):
 
 
 def test_a_partition_is_the_experts_of_one_remainder(tmp_path):
-    store = store_of(write_experts(tmp_path, n_routed_experts=EXPERTS))
-    assert store._experts_of([3]) == [3]
-    many = ExpertStore(ModelConfig.load(write_experts(tmp_path, n_routed_experts=160)), Checkpoint(tmp_path))
-    assert many._experts_of([3, 40]) == [3, 40, 67, 104, 131]
+    few = ModelConfig.load(write_experts(tmp_path, n_routed_experts=EXPERTS))
+    assert few.experts_of([3]) == [3]
+    many = ModelConfig.load(write_experts(tmp_path, n_routed_experts=160))
+    assert many.experts_of([3, 40]) == [3, 40, 67, 104, 131]
 
 
 def test_only_the_bytes_of_its_own_experts_are_read(folder):

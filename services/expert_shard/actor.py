@@ -61,7 +61,6 @@ class ExpertShard(Actor):
         self._progress = (0, 0)
         self._bus_workers: dict[str, float] = {}  # those that sent rows over the bus -> when they were last heard
         self._sockets: dict[socket.socket, Attachment | None] = {}
-        self._pending: set[socket.socket] = set()  # whose handshake takes its time
         self._measure()
         self._listen()
         self.spawn(self._follow_wanted(), "load")

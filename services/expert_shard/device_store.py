@@ -9,8 +9,8 @@ import torch
 
 from common.model_config import ModelConfig
 from common.source import Progress, Source
-from services.expert_shard.experts import names
-from services.expert_shard.stacks import ExpertStack, load_stack
+from services.expert_shard.experts import require_experts
+from services.expert_shard.stacks import ExpertStack, load_stacks
 
 
 class DeviceStore:
@@ -32,11 +32,7 @@ class DeviceStore:
         return self._held
 
     def check(self) -> None:
-        """Raises ConfigError naming a routed expert's tensor that the source lacks; reads no weights."""
-        for layer in self._config.moe_layers:
-            for expert in range(self._config.experts):
-                for name in names(layer, expert):
-                    self._source.require(name)
+        require_experts(self._config, self._source)
 
     def load(self, partitions: Iterable[int], progress: Progress | None = None) -> None:
         """Hold these too. The stacks are whole, so that all that is held is read again, beside the old."""
@@ -54,11 +50,8 @@ class DeviceStore:
             self._held -= set(partitions)
 
     def _read(self, partitions: Iterable[int], progress: Progress | None) -> dict[int, ExpertStack]:
-        config, stacks = self._config, {}
-        experts = sorted(e for p in partitions for e in range(p, config.experts, config.partitions))
-        for layer in config.moe_layers:
-            stacks[layer] = load_stack(config, self._source, layer, experts, "cuda", shared=False, fp8=self.fp8)
-            if progress is not None:
-                progress(len(stacks), len(config.moe_layers))
+        config = self._config
+        experts = config.experts_of(partitions)
+        stacks = load_stacks(config, self._source, experts, "cuda", shared=False, fp8=self.fp8, progress=progress)
         torch.cuda.synchronize()
         return stacks

@@ -31,6 +31,14 @@ def names(layer: int, expert: int) -> tuple[str, str, str]:
     return f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight", f"{mlp}.down_proj.weight"
 
 
+def require_experts(config: ModelConfig, source: Source) -> None:
+    """Raises ConfigError naming a routed expert's tensor that the source lacks; reads no weights."""
+    for layer in config.moe_layers:
+        for expert in range(config.experts):
+            for name in names(layer, expert):
+                source.require(name)
+
+
 class ExpertStore:
     """Loads and drops whole partitions while `compute` goes on in another thread."""
 
@@ -56,11 +64,7 @@ class ExpertStore:
         return absent == np.count_nonzero(asked < 0)
 
     def check(self) -> None:
-        """Raises ConfigError naming a routed expert's tensor that the source lacks; reads no weights."""
-        for layer in self._config.moe_layers:
-            for expert in range(self._config.experts):
-                for name in names(layer, expert):
-                    self._source.require(name)
+        require_experts(self._config, self._source)
 
     def load(self, partitions: Iterable[int], progress: Progress | None = None) -> None:
         """Read what is missing of these partitions, `progress` in bytes as they are held.
@@ -69,7 +73,7 @@ class ExpertStore:
         """
         with self._changing:
             wanted = self._held | set(partitions)
-            new = self._experts_of(wanted - self._held)
+            new = self._config.experts_of(wanted - self._held)
             size = 12 * self._config.hidden * self._config.moe_inter  # bytes of one expert of one layer
             total = len(new) * len(self._layers) * size
             done = 0
@@ -80,7 +84,7 @@ class ExpertStore:
                     done += size
                     if progress is not None:
                         progress(done, total)
-                self._replace(layer, fresh, self._experts_of(wanted))
+                self._replace(layer, fresh, self._config.experts_of(wanted))
             self._held = wanted
 
     def drop(self, partitions: Iterable[int]) -> None:
@@ -90,11 +94,7 @@ class ExpertStore:
                 return
             self._held = kept  # what is announced first: a layer that is on its way out is promised to nobody
             for layer in self._layers:
-                self._replace(layer, {}, self._experts_of(kept))
-
-    def _experts_of(self, partitions: Iterable[int]) -> list[int]:
-        config = self._config
-        return sorted(e for p in partitions for e in range(p, config.experts, config.partitions))
+                self._replace(layer, {}, self._config.experts_of(kept))
 
     def _empty(self) -> _Layer:
         hidden, inter = self._config.hidden, self._config.moe_inter

@@ -27,6 +27,7 @@ class GpuExpertShard(ExpertShard):
 
     async def start(self) -> None:
         self._attaching = asyncio.Lock()  # one captures at a time
+        self._pending: set[socket.socket] = set()  # whose handshake takes its time
         await super().start()
 
     def _open_checkpoint(self) -> tuple[ModelConfig, DeviceStore]:  # type: ignore[override]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from common.device import capturing
 from kernels.link import Peers, SlabLayout
 from kernels.link.ipc import HostWords
 from services.expert_shard.passes import SLICE_ROWS, Passes
@@ -69,12 +69,8 @@ class GpuLaunches:
         with torch.cuda.stream(self._captures):
             self._rehearsal.decode(rows, work)  # compiles what is not compiled yet
         self._captures.synchronize()
-        gc.disable()  # a collection in the middle may free tensors, which a capture forbids
-        try:
-            with torch.cuda.graph(graph, stream=self._captures, capture_error_mode="thread_local"):
-                passes.decode(rows, work)
-        finally:
-            gc.enable()
+        with capturing(graph, stream=self._captures, capture_error_mode="thread_local"):
+            passes.decode(rows, work)
         return graph
 
     # ---- the launching thread's

@@ -64,6 +64,25 @@ def load_stack(
     return ExpertStack(transposed(gate_up), transposed(down), slots.to(device))
 
 
+def load_stacks(
+    config: ModelConfig,
+    source: Source,
+    experts: Sequence[int],
+    device: torch.device | str,
+    *,
+    shared: bool,
+    fp8: bool,
+    progress: Progress | None = None,
+) -> dict[int, ExpertStack]:
+    """`load_stack` of every MoE layer, by layer; `progress` is told of layers."""
+    stacks: dict[int, ExpertStack] = {}
+    for layer in config.moe_layers:
+        stacks[layer] = load_stack(config, source, layer, experts, device, shared=shared, fp8=fp8)
+        if progress is not None:
+            progress(len(stacks), len(config.moe_layers))
+    return stacks
+
+
 class _Shared:
     """The shared experts as the source has them, one FFN of their joint width: expert i is its i-th part."""
 

@@ -13,7 +13,7 @@ from kernels.link import Peers, Region, SlabLayout, views
 from kernels.link.views import SENT, STEP
 from kernels.quant import Fp8Rows
 
-IN_FLIGHT = 2  # steps whose owners the host keeps until they are copied
+IN_FLIGHT = 2  # steps of which the host keeps what it tells the device and what it is told
 
 
 class DeviceLink:

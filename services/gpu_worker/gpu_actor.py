@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
 
@@ -22,6 +23,8 @@ from services.gpu_worker.weights import Weights, load_weights
 
 
 class GpuWorker(Worker):
+    _said = ("", 0)  # what is loaded, and the tenth of it that the log told of
+
     def _open_links(self) -> GpuLinks | NoLinks:
         settings = self.settings
         if settings.link == "bus":
@@ -50,7 +53,7 @@ class GpuWorker(Worker):
             self.log.warning("weights are drawn at random: the text means nothing")
         return open_source(self.settings.model, self.config, self.settings.weights)
 
-    def _engine(self, weights: Weights, stacks: dict[int, Stack] | None, links: GpuLinks | None) -> Engine:
+    def _engine(self, weights: Weights, stacks: Mapping[int, Stack] | None, links: GpuLinks | None) -> Engine:
         settings, config = self.settings, self.config
         torch.cuda.synchronize()
         self.loading = "the worker is preparing its graphs"
@@ -78,9 +81,11 @@ class GpuWorker(Worker):
 
     def _say(self, what: str, done: int, of: int) -> None:
         """Every tenth in the log, all of it in the heartbeat's reason."""
-        before, self.loading = self.loading, f"the worker is loading the {what}: {100 * done // max(of, 1)} %"
-        if self.loading != before and (10 * done // max(of, 1)) != (10 * (done - 1) // max(of, 1)):
-            self.log.info("loading", what=what, percent=100 * done // max(of, 1))
+        percent = 100 * done // max(of, 1)
+        self.loading = f"the worker is loading the {what}: {percent} %"
+        if (what, percent // 10) != self._said:
+            self._said = what, percent // 10
+            self.log.info("loading", what=what, percent=percent)
 
 
 def link_layout(config: ModelConfig, settings: Settings) -> SlabLayout:

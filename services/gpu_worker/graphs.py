@@ -7,7 +7,6 @@ names it is under way: the newer one's writes come later.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from concurrent.futures import ThreadPoolExecutor
@@ -18,21 +17,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.device import capturing
 from common.messages import TokenLogprobs
 from common.pages import PAGE
 from kernels.sample import Logprobs, SampleParams
 from services.gpu_worker.batch import Batch, Feed
-from services.gpu_worker.device_link import DeviceLink
+from services.gpu_worker.device_link import IN_FLIGHT, DeviceLink
 from services.gpu_worker.model import Cache, Model
 from services.gpu_worker.planner import UNKNOWN, Chunk, Plan, Sequence
 from services.gpu_worker.runner import Computed, StepFailed
-from services.gpu_worker.sampler import Sampled, Sampler, int64
+from services.gpu_worker.sampler import Sampled, Sampler, int64, logprobs_of
 from services.gpu_worker.scoring import Scored, score_prompts
 from services.gpu_worker.step import build_batch
 from services.gpu_worker.work import Work
 
 COMPILING = 8  # threads
-IN_FLIGHT = 2  # steps whose inputs and results the host keeps
 
 
 def buckets(most: int) -> list[int]:
@@ -137,7 +136,7 @@ class UnderWay:
     samples: tuple[Sequence, ...]
     rows: list[int]  # of `tokens`, one for each of `samples`
     tokens: Tensor  # int64, pinned
-    logs: list[tuple[tuple[int, ...], tuple[Sequence, ...], Logprobs]]  # (places in samples, they, what they asked for)
+    logs: list[tuple[tuple[Sequence, ...], Logprobs]]  # what these asked for
     scored: list[Scored]
     ok: Tensor  # int32 [1], pinned: 0 if a shard did not answer
     began: torch.cuda.Event
@@ -167,9 +166,9 @@ class GpuRunner:
         self.graphs: dict[int, DecodeGraph] = {}
         self._pool: Any = None
 
-    def capture(self, sizes: Many[int] | None = None) -> None:
+    def capture(self) -> None:
         """All decode graphs, the largest first: the smaller ones' scratch lies in what it took."""
-        prepared = [self._prepare(rows) for rows in sorted(sizes or buckets(self._max_batch), reverse=True)]
+        prepared = [self._prepare(rows) for rows in reversed(buckets(self._max_batch))]
         self._blank(self._max_batch)
         self._compile(prepared)
         for one in prepared:
@@ -206,22 +205,20 @@ class GpuRunner:
         self._turn = (self._turn + 1) % IN_FLIGHT
         began = torch.cuda.Event(enable_timing=True)
         began.record()
-        sampled, row_of = plan.sampled, dict[Sequence, int]()
-        place = {id(sequence): i for i, sequence in enumerate(sampled)}
-        logs: list[tuple[tuple[int, ...], tuple[Sequence, ...], Logprobs]] = []
-        scored: list[Scored] = []
+        sampled, scored = plan.sampled, list[Scored]()
+        logs: list[tuple[tuple[Sequence, ...], Logprobs]] = []
         decoding = tuple(c.sequence for c in plan.decodes)
-        prompts = tuple(c.sequence for c in plan.prefills if id(c.sequence) in place)
+        prompts = tuple(c.sequence for c in plan.prefills if c.sequence in sampled)
+        row_of = {s: row for row, s in enumerate(decoding)}
+        row_of |= {s: self._max_batch + i for i, s in enumerate(prompts)}
         if decoding:
             found, hidden = self._decode(plan.decodes, decoding)
-            self._keep(logs, place, decoding, found)
+            logs += _on_the_way(decoding, found)
             scored += score_prompts(self._model, Plan(plan.decodes, ()), hidden)
         if plan.prefills:
             found, hidden = self._prefill(plan.prefills, prompts)
-            self._keep(logs, place, prompts, found)
+            logs += _on_the_way(prompts, found)
             scored += score_prompts(self._model, Plan((), plan.prefills), hidden)
-        for first, group in ((0, decoding), (self._max_batch, prompts)):
-            row_of |= {s: first + i for i, s in enumerate(group)}
         self._row_of = row_of
         rows = [row_of[sequence] for sequence in sampled]
         host = self._results[self._turn]
@@ -236,11 +233,11 @@ class GpuRunner:
     def finish(self, launched: UnderWay) -> Computed:
         if not self._ended(launched):
             raise StepFailed("an expert shard did not answer")
-        tokens = launched.tokens.tolist()
+        tokens, place = launched.tokens.tolist(), {s: i for i, s in enumerate(launched.samples)}
         logprobs: dict[int, TokenLogprobs] = {}
-        for places, sequences, logs in launched.logs:
-            told = Sampled.of(sequences, [], logs).logprobs
-            logprobs |= {places[row]: found for row, found in told.items() if places[row] >= 0}
+        for sequences, logs in launched.logs:
+            told = logprobs_of(sequences, logs)
+            logprobs |= {place[s]: told[row] for row, s in enumerate(sequences) if row in told and s in place}
         seconds = launched.began.elapsed_time(launched.done) / 1e3
         return Computed(Sampled([tokens[row] for row in launched.rows], logprobs), launched.scored, seconds)
 
@@ -253,13 +250,6 @@ class GpuRunner:
         if self._links is not None:
             self._links.end_step(ok)
         return ok
-
-    @staticmethod
-    def _keep(logs: list, place: dict[int, int], sequences: tuple[Sequence, ...], found: Logprobs | None) -> None:
-        """On their way to the host: read there, they would wait for the step behind this one."""
-        if found is not None:
-            there = Logprobs(*(_to_host(part) for part in (found.wanted, found.chosen, found.ids, found.values)))
-            logs.append((tuple(place.get(id(s), -1) for s in sequences), sequences, there))
 
     # ---- decodes
 
@@ -333,8 +323,8 @@ class GpuRunner:
             work,
             logits,
             forward,
-            greedy=lambda: self._sampler.plain_sample(logits, None, out),
-            random=lambda: self._sampler.plain_sample(logits, params, out),
+            greedy=lambda: self._sampler.launch(logits, None, out),
+            random=lambda: self._sampler.launch(logits, params, out),
         )
 
     def _blank(self, rows: int) -> None:
@@ -348,12 +338,8 @@ class GpuRunner:
         launch()  # libraries choose and allocate here, on the stream's own account
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        gc.disable()  # a collection in the middle may free tensors, which a capture forbids
-        try:
-            with torch.cuda.graph(graph, pool=self._pool):
-                launch()
-        finally:
-            gc.enable()
+        with capturing(graph, pool=self._pool):
+            launch()
         self._pool = graph.pool()
         return graph
 
@@ -381,6 +367,13 @@ class GpuRunner:
             self._works.clear()
             self._works[rows, room] = self._model.new_work(rows, context=room)
         return self._works[rows, room]
+
+
+def _on_the_way(sequences: tuple[Sequence, ...], found: Logprobs | None) -> list[tuple[tuple[Sequence, ...], Logprobs]]:
+    """To the host: read where they are, they would wait for the step behind this one."""
+    if found is None:
+        return []
+    return [(sequences, Logprobs(*map(_to_host, (found.wanted, found.chosen, found.ids, found.values))))]
 
 
 def _to_host(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ is read back and nothing allocated in a pass, so that one of decodes alone can b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -232,7 +233,7 @@ class Model:
         from kernels.target import current
 
         c, dtype, coded = self.config, self.dtype, current().fp8
-        scratch = self._linear_scratch()
+        scratch = self._linear_scratch
 
         def rows8(width: int) -> Fp8Rows:
             return Fp8Rows.empty(rows, width, "cuda", coded)
@@ -278,13 +279,12 @@ class Model:
 
     def reset_scratch(self) -> None:
         """As launches find and leave it, after passes that ran at the same time."""
-        self._linear_scratch().tickets.zero_()
+        self._linear_scratch.tickets.zero_()
 
+    @cached_property
     def _linear_scratch(self) -> LinearScratch:
         """One serves all passes: they are on one stream."""
-        if not hasattr(self, "_scratch"):
-            self._scratch = LinearScratch.empty("cuda")
-        return self._scratch
+        return LinearScratch.empty("cuda")
 
 
 def _mlp(mlp: Mlp | None, x: Tensor | Fp8Rows, given: MlpWork | None, work: Work) -> Parts:

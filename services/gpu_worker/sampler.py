@@ -29,7 +29,7 @@ class Sampled:
 
     @staticmethod
     def of(sequences: tuple[Sequence, ...], tokens: list[int], logs: Logprobs | None) -> Sampled:
-        return Sampled(tokens, {} if logs is None else _told(sequences, logs))
+        return Sampled(tokens, {} if logs is None else logprobs_of(sequences, logs))
 
 
 class Sampler:
@@ -83,25 +83,22 @@ class Sampler:
         device = self._device
         params, banned, logs = sample_params(sequences, device), self._banned(sequences), _wanted(sequences, device)
         if not self._adjusted:
-            self._launch(logits, params, out, banned, logs=logs)
+            self.launch(logits, params, out, banned, logs=logs)
             return logs
         biased, penalties = self._biases.add(logits, sequences), self._counts.penalties(sequences)
         bits = mask.result().to(device) if mask else None
         own = logs if biased is logits else None
-        self._launch(biased, params, out, banned, penalties=penalties, mask=bits, logs=own)
+        self.launch(biased, params, out, banned, penalties=penalties, mask=bits, logs=own)
         if logs is not None and own is None:  # of the model's own distribution
             chosen, ids, values = logprobs(logits.float(), out, logs.ids.shape[1])
             return Logprobs(logs.wanted, chosen, ids, values)
         return logs
 
-    def plain_sample(self, logits: Tensor, params: SampleParams | None, out: Tensor) -> None:
-        """On a GPU: what can be captured in a graph."""
-        self._launch(logits, params, out, None)
-
-    def _launch(
-        self, logits: Tensor, params: SampleParams | None, out: Tensor, banned: tuple[Tensor, Tensor] | None,
-        penalties: Penalties | None = None, mask: Tensor | None = None, logs: Logprobs | None = None,
+    def launch(
+        self, logits: Tensor, params: SampleParams | None, out: Tensor, banned: tuple[Tensor, Tensor] | None = None,
+        *, penalties: Penalties | None = None, mask: Tensor | None = None, logs: Logprobs | None = None,
     ) -> None:  # fmt: skip
+        """kernels.sample's, with this sampler's scratch: what can be captured in a graph."""
         sample(logits, params, out, banned, penalties=penalties, mask=mask, logs=logs, scratch=self._scratch)
 
     def close(self) -> None:
@@ -148,7 +145,7 @@ def _wanted(sequences: tuple[Sequence, ...], device: str) -> Logprobs | None:
     )
 
 
-def _told(sequences: tuple[Sequence, ...], logs: Logprobs) -> dict[int, TokenLogprobs]:
+def logprobs_of(sequences: tuple[Sequence, ...], logs: Logprobs) -> dict[int, TokenLogprobs]:
     chosen, ids, values = logs.chosen.tolist(), logs.ids.tolist(), logs.values.tolist()
     return {
         row: TokenLogprobs(chosen[row], tuple(ids[row][:count]), tuple(values[row][:count]))
