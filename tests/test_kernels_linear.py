@@ -172,6 +172,12 @@ def test_the_librarys_block_scales(tokens: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [130, 250, 251, 1001, 4095])
+def test_any_number_of_tokens_where_the_library_was_measured_best(tokens: int) -> None:
+    check(tokens, 1536, 24576, E4M3, torch.bfloat16, "none", None)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("tokens", "n", "k", "dtype"),
     [(1, 2112, 7168, E4M3), (64, 2112, 7168, E4M3), (64, 24576, 1536, E4M3), (4096, 2112, 7168, E4M3),

@@ -11,8 +11,9 @@ from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
 
 
 def scales_fit(tokens: int, k: int, add: Tensor | None, scratch: LinearScratch | None) -> bool:
-    """Whether `scaled_product` can be called: cuBLAS takes no residual in float32, and K in fours of blocks."""
-    return add is None and scratch is not None and k % (4 * GROUP) == 0 and tokens * k // GROUP <= scratch.PARTIALS
+    """Whether `scaled_product` can be called: cuBLAS takes no residual, and tokens and blocks of K in fours."""
+    fours = tokens % 4 == 0 and k % (4 * GROUP) == 0
+    return add is None and scratch is not None and fours and tokens * k // GROUP <= scratch.PARTIALS
 
 
 def product(x: Tensor, w: Tensor, out: Tensor, add: Tensor | None) -> None:

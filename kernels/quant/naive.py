@@ -71,8 +71,9 @@ def dequantise(w: Fp8Blocks | Fp8Rows) -> Tensor:
 
 
 def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    # A group of zeros has any scale; this one keeps the division finite.
-    return largest.clamp_min(1e-10) / torch.finfo(dtype).max
+    # A group of zeros has any scale; this one keeps the division finite. By a tensor, since CUDA multiplies by the
+    # reciprocal of a number, and a checkpoint's codes would depend on the device.
+    return largest.clamp_min(1e-10) / torch.full_like(largest, torch.finfo(dtype).max)
 
 
 def _spread(scale: Tensor) -> Tensor:
