@@ -151,14 +151,15 @@ def test_few_tokens_in_one_launch(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", [t for t in candidates(1024, 8, 256, True) if "deep" in t["gate_up"]], ids=str)
+@pytest.mark.parametrize("dtype", [FP8, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("hidden", [256, 1024])
 @pytest.mark.parametrize("counts", [[1], [0, 1, 129, 64, 65, 128, 0, 320, 63], [0, 0], [70] * 40], ids=str)
-def test_blocks_of_every_length(counts: list[int], hidden: int, tile: dict) -> None:
+def test_blocks_of_every_length(counts: list[int], hidden: int, dtype: torch.dtype, tile: dict) -> None:
     """As many pairs as `counts` says of each expert, and of one that is not held."""
     held = len(counts)
     ids = torch.arange(held + 1, device=DEVICE).repeat_interleave(torch.tensor([*counts, 9], device=DEVICE))
     ids = ids[torch.randperm(len(ids), device=DEVICE), None]
-    check(len(ids), hidden, 256, held + 1, list(range(held)), 1, FP8, tile, ids=ids)
+    check(len(ids), hidden, 256, held + 1, list(range(held)), 1, dtype, tile, ids=ids)
 
 
 @pytest.mark.gpu

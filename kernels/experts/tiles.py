@@ -39,8 +39,10 @@ def tile_for(
     topk, held = topk - shared, held - shared
     if takes_one_launch(tokens, topk + shared, hidden, inter, fp8, dtype):
         return one_launch(6 if fp8 else 13)
-    measured: Tile | None = measured_tile(Path(__file__).parent, shape_name(topk, held, hidden, inter, fp8), tokens)
-    return measured or tile_rule(tokens, topk, held, hidden, inter, fp8)
+    measured: Tile | None = None
+    if fp8 or dtype.itemsize == 2:
+        measured = measured_tile(Path(__file__).parent, shape_name(topk, held, hidden, inter, fp8), tokens)
+    return measured or tile_rule(tokens, topk, held, hidden, inter, fp8, dtype)
 
 
 def takes_one_launch(tokens: int, topk: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype) -> bool:
@@ -52,13 +54,15 @@ def takes_one_launch(tokens: int, topk: int, hidden: int, inter: int, fp8: bool,
     )  # fmt: skip
 
 
-def tile_rule(tokens: int, topk: int, held: int, hidden: int, inter: int, fp8: bool) -> Tile:
+def tile_rule(
+    tokens: int, topk: int, held: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype = torch.bfloat16
+) -> Tile:
     """By the pairs an expert gets where routing is uniform and all of a token's experts are held."""
     mean = tokens * topk / max(held, 1)
     rows = 16 if mean <= 12 else 32 if mean <= 24 else 64 if mean <= 48 else 128
     if current().arch != "sm_90":
         return _amd(rows, fp8)
-    if rows >= 64 and fp8 and not INTERPRETED and hidden % (2 * GROUP) == inter % GROUP == 0:
+    if rows >= (64 if fp8 else 128) and takes_gathered(hidden, inter, fp8, dtype):
         return _gathered(4, 4)
     if rows == 128:
         wide = _launch(BN=128, BK=128 if fp8 else 64, SWAP=0, warps=8, stages=4, per_sm=1, prefetch=0)
@@ -69,6 +73,11 @@ def tile_rule(tokens: int, topk: int, held: int, hidden: int, inter: int, fp8: b
     narrow = _launch(BN=64, BK=128 if fp8 else 64, stages=5, warps=4, per_sm=2)
     whole_group = _launch(BN=128, BK=128, stages=3, warps=4 if rows == 16 else 8, per_sm=2)
     return {"rows": rows, "gate_up": whole_group if fp8 else narrow, "down": narrow}
+
+
+def takes_gathered(hidden: int, inter: int, fp8: bool, dtype: torch.dtype) -> bool:
+    """Whether hopper.py can do it."""
+    return not INTERPRETED and hidden % (2 * GROUP) == inter % GROUP == 0 and (fp8 or dtype.itemsize == 2)
 
 
 def _amd(rows: int, fp8: bool) -> Tile:
@@ -123,7 +132,7 @@ def candidates(tokens: int, topk: int, held: int, fp8: bool) -> list[Tile]:
         found = [(16, _streams(64)[:6], _streams(64)[:6])]
         if mean > 6:
             found += [(32, _streams(64)[:4], _streams(64)[:4])]
-    many = [_gathered(up, down) for up in (1, 4, 16) for down in (1, 4, 16)] if fp8 and mean > 24 else []
+    many = [_gathered(up, down) for up in (1, 4, 16) for down in (1, 4, 16)] if mean > 24 else []
     pairs = [(rows, up, down) for rows, ups, downs in found for up in ups for down in downs]
     return many + [{"rows": rows, "gate_up": up, "down": down} for rows, up, down in pairs]
 

@@ -190,7 +190,6 @@ def grouped_ffn(
     elif "deep" in work.tile["gate_up"]:
         from kernels.experts import hopper
 
-        assert isinstance(x, Fp8Rows) and isinstance(gate_up, Fp8Blocks) and isinstance(down, Fp8Blocks)
         hopper.grouped_ffn(x, weights, gate_up, down, work)
     else:
         launch_gate_up(x, weights, gate_up, work)
