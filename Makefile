@@ -8,10 +8,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 SHARDS ?= 2
 WORKERS ?= 1
-# On a machine with a GPU one process holds a worker and all experts; MOECULE_DEVICE=cpu keeps it out.
-ON_GPU := $(if $(filter cpu,$(MOECULE_DEVICE)),,$(shell command -v nvidia-smi 2>/dev/null))
-PROCFILE ?= $(if $(ON_GPU),Procfile.gpu,Procfile)
-FORMATION := $(if $(ON_GPU),,expert_shard=$(SHARDS),)gpu_worker=$(WORKERS)
+# Empty: the one for this machine (common/serve.py).
+PROCFILE ?=
 
 # These may share the machine, two at a time; the rest starts processes and measures time-outs.
 SHARING := $(wildcard tests/test_kernels*.py tests/test_api*.py) $(addprefix tests/test_,$(addsuffix .py,\
@@ -34,7 +32,7 @@ export HELP
 
 serve: install
 	@honcho run python -m common.supervisor --check
-	@exec python -m common.serve $(FORMATION) $(PROCFILE)
+	@exec python -m common.serve expert_shard=$(SHARDS),gpu_worker=$(WORKERS) $(PROCFILE)
 
 test: install
 	ruff check .

@@ -1,8 +1,10 @@
 """How often models/tiny is right, through the REST endpoint, on held-out prompts drawn with a seed of their own.
 
 python -m benchmarks.accuracy [--url http://127.0.0.1:8000] [--cases 300] [--seed 1]
+python -m benchmarks.accuracy kv_cache=fp8 experts_fp8=1
 
-Without --url it starts a cluster on free ports. Exit status 1 if a figure is under its goal.
+Without --url it starts a cluster on free ports, on the GPU where there is one, with the settings that are named. Exit
+status 1 if a figure is under its goal.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from random import Random
 import openai
 
 from benchmarks.cluster import cluster
+from common.settings import FIELDS
 from training import data
 
 # task -> (how an example is made, the least share that must be right; None: only printed)
@@ -78,11 +81,19 @@ async def run(url: str, cases: int, seed: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running endpoint; default: start a cluster")
+    parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of that cluster")
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
+    settings = {name: value for name, _, value in (setting.partition("=") for setting in arguments.settings)}
+    if unknown := settings.keys() - FIELDS.keys():
+        parser.error(f"no setting is called {', '.join(sorted(unknown))}")
+    if arguments.url and settings:
+        parser.error("settings are of a cluster that is started here, not of --url")
+    if arguments.settings:
+        print(f"with {', '.join(arguments.settings)}:", end=" ")
     with contextlib.ExitStack() as stack:
-        url = arguments.url or stack.enter_context(cluster(log_level="warning")).url
+        url = arguments.url or stack.enter_context(cluster(**{"log_level": "warning", **settings})).url
         passed = asyncio.run(run(url, arguments.cases, arguments.seed))
     sys.exit(0 if passed else 1)
 

@@ -199,7 +199,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--beside", type=int, default=0, metavar="STREAMS", help="run so many streams all the time")
     add("--beside-input", type=int, default=128, help="longest prompt of theirs (default %(default)s)")
     add("--beside-output", type=int, default=8192, help="tokens until one is begun anew (default %(default)s)")
-    add("--seconds", type=float, default=20.0, help="of each of the two spans at most (default %(default)s)")
     add("--arrivals", type=int, default=64, help="prompts that arrive at most (default %(default)s)")
     add("--rate", type=float, default=0.0, help="prompts a second; default: one when the one before is answered")
     add("--bound", type=float, default=0.0, help="exit status 1 if the p99 of the ITL is above so many ms")

@@ -1,4 +1,4 @@
-"""A local cluster of real processes on free ports, as `honcho start` runs it, for benchmarks and cluster tests."""
+"""A local cluster of real processes on free ports, for benchmarks and cluster tests: what `make serve` starts here."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.serve import procfile_here
+
 ROOT = Path(__file__).resolve().parent.parent
-START_SECONDS = 120.0
+START_SECONDS = 300.0  # a GPU's kernels may have to be compiled
 
 
 def free_ports(count: int) -> list[int]:
@@ -31,11 +33,13 @@ def free_ports(count: int) -> list[int]:
 
 class Cluster:
     def __init__(self, workers: int = 1, shards: int = 2, **settings: object) -> None:
-        """`settings` are MOECULE_ settings by their lower-case names."""
+        """`settings` are MOECULE_ settings by their lower-case names; of those in the environment the device alone
+        counts. On a GPU there are no `shards`: the worker's process holds all experts."""
         self.port, self.nats_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
+        device = {"device": os.environ.get("MOECULE_DEVICE", "auto")}
         self.env = {key: value for key, value in os.environ.items() if not key.startswith("MOECULE_")}
-        self.env |= {f"MOECULE_{key.upper()}": str(value) for key, value in ({"device": "cpu"} | settings).items()}
+        self.env |= {f"MOECULE_{key.upper()}": str(value) for key, value in (device | settings).items()}
         self.env |= {
             "MOECULE_PORT": str(self.port),
             "MOECULE_NATS_URL": f"nats://127.0.0.1:{self.nats_port}",
@@ -44,7 +48,7 @@ class Cluster:
         }
         self.log = tempfile.NamedTemporaryFile(prefix="moecule-cluster-", suffix=".log", delete=False)  # noqa: SIM115
         formation = f"all=1,gpu_worker={workers},expert_shard={shards}"
-        command = [sys.executable, "-m", "honcho", "start", "-c", formation]
+        command = [sys.executable, "-m", "honcho", "-f", procfile_here(self.env, ROOT), "start", "-c", formation]
         self.honcho = subprocess.Popen(
             command, cwd=ROOT, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=die_with_parent,

@@ -98,7 +98,7 @@ def main() -> None:
     # Different first tokens, so that no two streams share a page.
     prompts = [[100 + row] + [300 + (7 * row + 13 * i) % 700 for i in range(31)] for row in range(arguments.streams)]
     generate = peer(prompts)
-    with cluster(log_level="warning", pin=1) as running:
+    with cluster(log_level="warning", pin=1, device="cpu") as running:
         ours, theirs = [], []
         for number in range(arguments.rounds):
             settle()

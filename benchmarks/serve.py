@@ -2,23 +2,27 @@
 
 python -m benchmarks.serve --url http://127.0.0.1:8000/v1 --input 1024 --output 1024 --concurrency 4,8,16,32,64
 python -m benchmarks.serve --beside 32 --input 8192        the ITL of 32 streams while long prompts arrive
+python -m benchmarks.serve --server [--concurrency ...]    starts what `make serve` starts first, and ends it afterwards
 
 The method is InferenceX's: prompts of random token ids, lengths uniform in [0.8 L, L] for input and output, 2 x
 concurrency requests to warm up and 10 x concurrency that count, a new one as soon as one ends, ignore_eos, temperature
 0. No prompt meets a prefix cache: each is salted where the server knows cache_salt. Tokens are those of the usage that
 the server tells; tok/s a GPU counts input and output over the whole run, tok/s a user is 1000 / median TPOT in ms.
-benchmarks/timing.py says how TPOT and ITL are made. Exit status 1 if a request failed.
+benchmarks/timing.py says how TPOT and ITL are made. Exit status 1 if a request failed. What is shortened from
+InferenceX's method stands above the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
+import shlex
 import statistics
 import sys
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
@@ -28,9 +32,11 @@ import uvloop
 
 from benchmarks import beside, plot
 from benchmarks.client import Endpoint, Record
+from benchmarks.start import LIMIT_SECONDS, make_serve, running
 from benchmarks.timing import Spread, intervals, number, tpot
 from benchmarks.traffic import Clock, Lengths, Maker, ask_all, reasons
 
+INFERENCEX = 10, 2  # requests a stream that count, and before those
 BUSY = 0.8  # of a core: from here on the client may be what is measured
 HEAD = """| streams | requests | failed | TTFT ms | TPOT ms | ITL ms | tok/s a GPU | tok/s a user | client CPU |
 |--:|--:|--:|--:|--:|--:|--:|--:|--:|"""
@@ -70,6 +76,8 @@ class Report(msgspec.Struct):
     output: int
     range: float
     prompts_per_stream: int
+    warmups_per_stream: int
+    seconds: float  # of a point, after which no request is begun; 0: no limit
     temperature: float
     seed: int
     cards: int
@@ -126,7 +134,8 @@ async def measure(endpoint: Endpoint, maker: Maker, concurrency: int, options: a
     clock = Clock()
     # A server that failed all of the warm-up is not asked ten times as much.
     hopeless = bool(warmups) and all(record.error for record in warmups)
-    records = await ask_all(endpoint, [] if hopeless else requests, concurrency, options.silence, label)
+    seconds = options.seconds or math.inf
+    records = await ask_all(endpoint, [] if hopeless else requests, concurrency, options.silence, label, seconds)
     return row(concurrency, warmups, records, clock, options.cards)
 
 
@@ -134,7 +143,8 @@ async def sweep(endpoint: Endpoint, maker: Maker, options: argparse.Namespace) -
     """Whether no request failed."""
     report = Report(
         options.name or maker.model, maker.model, f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", options.input,
-        options.output, options.range, options.prompts_per_stream, options.temperature, options.seed, options.cards,
+        options.output, options.range, options.prompts_per_stream, options.warmups_per_stream, options.seconds,
+        options.temperature, options.seed, options.cards,
     )  # fmt: skip
     print(f"{heading(report)}\n\n{HEAD}", flush=True)
     for concurrency in options.concurrency:
@@ -155,9 +165,20 @@ async def sweep(endpoint: Endpoint, maker: Maker, options: argparse.Namespace) -
 def heading(report: Report) -> str:
     spans = Lengths(report.input, report.range), Lengths(report.output, report.range)
     return (
-        f"{report.name}: input {spans[0]}, output {spans[1]} tokens, {report.prompts_per_stream} requests a stream, "
+        f"{report.name}: input {spans[0]}, output {spans[1]} tokens, {amount(report)}, "
         f"temperature {report.temperature:g}, seed {report.seed}, {report.cards} GPU, {report.when}"
     )
+
+
+def amount(report: Report) -> str:
+    """How many requests, and what of it is not InferenceX's method."""
+    asked = report.prompts_per_stream, report.warmups_per_stream
+    said = "{} requests a stream after {} to warm up".format(*asked)
+    if report.seconds:
+        said += f", none begun after {report.seconds:g} s"
+    if report.seconds or asked != INFERENCEX:
+        said += " (InferenceX: {} after {}, without a limit)".format(*INFERENCEX)
+    return said
 
 
 def remarks(report: Report) -> list[str]:
@@ -203,6 +224,8 @@ def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--url", default="http://127.0.0.1:8000/v1", help="(default %(default)s)")
+    own = shlex.join(make_serve())
+    add("--server", nargs="?", const=own, metavar="COMMAND", help="start it, as benchmarks.start does, and end it")
     add("--key", default=os.environ.get("OPENAI_API_KEY", "none"), help="default: $OPENAI_API_KEY")
     add("--model", help="what the endpoint calls the model; default: the first that it names")
     add("--name", help="what tables and plots call this run; default: the model")
@@ -211,8 +234,10 @@ def command_line() -> argparse.ArgumentParser:
     add("--output", type=int, help="longest output (default 1024; with --beside 1)")
     add("--range", type=float, default=0.8, help="shortest length as a share of the longest (default %(default)s)")
     add("--concurrency", type=numbers, default=[4, 8, 16, 32, 64], help="streams at a time (default 4,8,16,32,64)")
-    add("--prompts-per-stream", type=int, default=10, help="requests that count (default %(default)s)")
-    add("--warmups-per-stream", type=int, default=2, help="requests before those (default %(default)s)")
+    most, first = INFERENCEX
+    add("--prompts-per-stream", type=int, default=most, help="requests that count (default %(default)s)")
+    add("--warmups-per-stream", type=int, default=first, help="requests before those (default %(default)s)")
+    add("--seconds", type=float, help="begin none later (default: no limit; with --beside 20, for each span)")
     add("--temperature", type=float, default=0.0, help="(default %(default)s)")
     add("--seed", type=int, default=1, help="of prompts and lengths (default %(default)s)")
     add("--cards", type=int, default=1, help="GPUs that the endpoint uses (default %(default)s)")
@@ -229,6 +254,8 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     options.url = options.url.rstrip("/")
     if options.output is None:
         options.output = 1 if options.beside else 1024
+    if options.seconds is None:
+        options.seconds = 20.0 if options.beside else 0.0
     return options
 
 
@@ -236,10 +263,27 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+@contextlib.contextmanager
+def serving(options: argparse.Namespace) -> Iterator[None]:
+    """The server that `options` asks for is ready at options.url. Raises RuntimeError where it fails."""
+    if options.server is None:
+        yield
+        return
+    with running(shlex.split(options.server), os.environ) as server:
+        _, ready = server.wait_ready(LIMIT_SECONDS)
+        print(f"\n{options.server}: ready after {ready:.1f} s", file=sys.stderr, flush=True)
+        options.url = f"{server.url}/v1"
+        yield
+
+
 def main() -> None:
     options = read_options(sys.argv[1:])
-    model = options.model or model_of(options.url, options.key)
-    sys.exit(0 if uvloop.run(run(options, model)) else 1)
+    try:
+        with serving(options):
+            passed = uvloop.run(run(options, options.model or model_of(options.url, options.key)))
+    except RuntimeError as error:
+        sys.exit(f"FAILED: {error}")
+    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,15 @@
-"""config.json of published models, as far as their shapes go, for runs with random weights."""
+"""config.json of published models, as far as their shapes go, and a tokenizer, for runs with random weights.
+
+python -m benchmarks.shapes v2-lite FOLDER [--layers N]
+MOECULE_MODEL=FOLDER MOECULE_WEIGHTS=random python -m common.serve
+"""
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +50,40 @@ def write_config(shape: str, layers: int, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     return folder
+
+
+def write_model(shape: str, layers: int, folder: Path) -> Path:
+    """All that a cluster with random weights needs."""
+    write_config(shape, layers, folder)
+    write_tokenizer(SHAPES[shape]["vocab_size"], folder)
+    return folder
+
+
+def write_tokenizer(vocabulary: int, folder: Path) -> None:
+    """A byte-level one in which every id shows a text: invented words, and the 256 bytes at the end, where no published
+    shape has its special tokens. There are none, so that a stream of random ids shows something with each."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = itertools.product(string.ascii_lowercase, repeat=4)
+    words = ["\u0120" + "".join(word) for word in itertools.islice(letters, vocabulary - len(alphabet))]
+    entries = {entry: i for i, entry in enumerate(words + alphabet)}
+    assert len(entries) == vocabulary, f"no tokenizer has {vocabulary} entries here"
+    # Without merges: a word is found as a whole, anything else becomes bytes.
+    tokenizer = Tokenizer(models.BPE(vocab=entries, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=sorted(SHAPES))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=0, help="0: all; the first ones are dense")
+    options = parser.parse_args()
+    write_model(options.shape, options.layers, options.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 python -m benchmarks.start [--runs 3] [--cold] [-- COMMAND ...]
 
-Without a command it starts what `make serve` starts, with free ports, and settings as the environment has them. A
+Without a command it starts what `make serve` starts here, with free ports, and settings as the environment has them. A
 command of its own gets the port in place of {port}, and in MOECULE_PORT: `-- vllm serve MODEL --port {port}`.
 
 /health and /ready are polled (a server without /ready is ready when /health answers), then one token is asked for.
@@ -36,10 +36,10 @@ from typing import IO, Any
 from benchmarks.cluster import ROOT, die_with_parent, free_ports
 
 POLL_SECONDS = 0.02
+LIMIT_SECONDS = 600.0
 STOP_SECONDS = 20.0
 LAST_SECONDS = 3.0  # for what the command started, after it ended
 MARK = "BENCH_START"  # in the environment of every process of a start, by which they are found
-SERVE = (sys.executable, "-m", "common.serve", "expert_shard={shards},gpu_worker={workers}")
 HONCHO_LINE = re.compile(r"\d\d:\d\d:\d\d (?P<process>\S+) +\| (?P<text>.*)")
 
 
@@ -111,6 +111,11 @@ class Server:
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
+
+    def wait_ready(self, limit: float) -> tuple[float, float]:
+        """The seconds at which /health and /ready answered."""
+        health = self.wait_for("/health", limit)
+        return health, self.wait_for("/ready", limit, or_missing=True)
 
     def wait_for(self, path: str, limit: float, *, or_missing: bool = False) -> float:
         """The second at which `path` answered 200, or with `or_missing` 404."""
@@ -187,20 +192,30 @@ def environment(cold: bool) -> Iterator[dict[str, str]]:
         yield {**os.environ, **(cache if cold else {})}
 
 
+def make_serve(workers: int = 1, shards: int = 2) -> list[str]:
+    """The command, without the installation that `make serve` begins with."""
+    return [sys.executable, "-m", "common.serve", f"expert_shard={shards},gpu_worker={workers}"]
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], env: Mapping[str, str]) -> Iterator[Server]:
+    """A start, ended with the block. Raises RuntimeError, with the end of the log, where one of them fails."""
+    server = Server(command, env)
+    try:
+        yield server
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(f"{error}\n{server.log.text()}") from None
+    finally:
+        server.close()
+    if server.left:
+        raise RuntimeError(f"{server.left} processes had to be killed\n{server.log.text()}")
+
+
 def start_once(command: Sequence[str], cold: bool, limit: float) -> dict[str, float]:
-    """The second of each phase. Raises RuntimeError, with the end of the log, where the start fails."""
-    with environment(cold) as env:
-        server = Server(command, env)
-        try:
-            health = server.wait_for("/health", limit)
-            ready = server.wait_for("/ready", limit, or_missing=True)
-            first = server.ask(limit)
-        except (RuntimeError, OSError) as error:
-            raise RuntimeError(f"{error}\n{server.log.text()}") from None
-        finally:
-            server.close()
-        if server.left:
-            raise RuntimeError(f"{server.left} processes had to be killed\n{server.log.text()}")
+    """The second of each phase. Raises RuntimeError as `running` does."""
+    with environment(cold) as env, running(command, env) as server:
+        health, ready = server.wait_ready(limit)
+        first = server.ask(limit)
     told = phases(server.log.lines, until=ready)
     return told | {"/health answers": health, "/ready answers": ready, "a token is answered": first}
 
@@ -221,17 +236,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="starts (default %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="of what make serve starts (default %(default)s)")
-    parser.add_argument("--shards", type=int, default=2, help="of what make serve starts (default %(default)s)")
+    parser.add_argument("--shards", type=int, default=2, help="the same, where there is no GPU (default %(default)s)")
     parser.add_argument("--cold", action="store_true", help="compile every kernel anew")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds that fail a start (default %(default)s)")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_SECONDS, help="seconds to fail after (default %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="write every start's phases to this file")
     parser.add_argument("command", nargs="*", help="what to start; default: what make serve starts")
     options = parser.parse_args()
-    own = [part.format(shards=options.shards, workers=options.workers) for part in SERVE]
+    command = options.command or make_serve(options.workers, options.shards)
     runs: list[dict[str, float]] = []
     for number in range(options.runs):
         try:
-            runs.append(start_once(options.command or own, options.cold, options.limit))
+            runs.append(start_once(command, options.cold, options.limit))
         except RuntimeError as error:
             print(f"FAILED, start {number + 1}: {error}", file=sys.stderr)
             return 1

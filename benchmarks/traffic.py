@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 import sys
 import time
@@ -72,16 +73,19 @@ class Maker:
 
 
 async def ask_all(
-    endpoint: Endpoint, requests: Sequence[Request], users: int, silence: float, label: str
+    endpoint: Endpoint, requests: Sequence[Request], users: int, silence: float, label: str, seconds: float = math.inf
 ) -> list[Record]:
+    """Each user asks once, and then again as long as `seconds` are not over: what was begun is awaited."""
     records: list[Record] = []
-    todo = iter(requests)
+    todo, deadline = iter(requests), time.monotonic() + seconds
 
     async def user() -> None:
         for request in todo:
             record = Record()
             records.append(record)
             await ask(endpoint, request, record, silence)
+            if time.monotonic() > deadline:
+                return
 
     async with progress(label, records, len(requests)):
         await asyncio.gather(*(user() for _ in range(users)))

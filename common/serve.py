@@ -1,4 +1,5 @@
-"""What `make serve` runs: honcho with the formation and the Procfile given, and Ctrl-C held back until all lines run.
+"""What `make serve` runs: honcho with the formation and the Procfile given, or with the Procfile for this machine, and
+Ctrl-C held back until all lines run.
 
 honcho 2.0 that is signalled while it still starts its lines fails over one whose pid it has not been told, and leaves
 the others running.
@@ -9,16 +10,30 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+from honcho.environ import parse
+
+FORMATION = "expert_shard=2,gpu_worker=1"  # of which a Procfile takes the lines that it has
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 LONGEST_START_SECONDS = 5.0
 LONGEST_STOP_SECONDS = 7.0  # honcho itself kills after 5
 SETTLE_SECONDS = 0.3  # from a line's start to honcho's knowing its pid
+
+
+def procfile_here(environ: Mapping[str, str] = os.environ, folder: Path = Path()) -> str:
+    """On a machine with a GPU one process holds a worker and all experts, unless MOECULE_DEVICE=cpu keeps the GPU out.
+    As with honcho, a .env file in `folder` wins over `environ`."""
+    dotenv = folder / ".env"
+    told = {**environ, **(parse(dotenv.read_text()) if dotenv.is_file() else {})}
+    wanted = told.get("MOECULE_DEVICE", "").strip().lower() != "cpu"
+    return "Procfile.gpu" if wanted and shutil.which("nvidia-smi", path=told.get("PATH")) else "Procfile"
 
 
 def children(pid: int) -> list[int]:
@@ -55,7 +70,8 @@ def _end(honcho: subprocess.Popen[bytes]) -> None:
             os.kill(line, signal.SIGTERM)
 
 
-def main(formation: str = "", procfile: str = "Procfile") -> int:
+def main(formation: str = FORMATION, procfile: str = "") -> int:
+    procfile = procfile or procfile_here()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS | {signal.SIGCHLD})
     honcho = subprocess.Popen(
         [sys.executable, "-m", "honcho", "-f", procfile, "start", "-c", formation],

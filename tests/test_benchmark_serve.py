@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
+import urllib.error
+import urllib.request
 import xml.etree.ElementTree as ElementTree
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks import serve
+from benchmarks import serve, shapes
 from common.errors import Overloaded
 from common.messages import Generate
 from common.settings import Settings
@@ -88,6 +91,40 @@ async def test_a_prefix_cache_is_told_and_runs_share_a_plot(
     assert "2 streams: 42 tokens of prompts came from a prefix cache" in capsys.readouterr().out
     texts = {element.text for element in ElementTree.parse(drawn).iter()}
     assert {"before", "after", "c1", "c2"} <= texts
+
+
+async def test_a_point_that_may_take_so_long(front: Front, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await run(front, *SHORT, "--concurrency", 2, "--seconds", 0.001)
+    out = capsys.readouterr().out
+    assert "| 2 | 2 | 0 |" in out, "one of each stream, and they are awaited"
+    assert "3 requests a stream after 1 to warm up, none begun after 0.001 s (InferenceX: 10 after 2" in out
+
+
+async def test_what_is_not_shortened_is_not_said_to_be(front: Front, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await run(front, "--input", 4, "--output", 2, "--concurrency", 1)
+    assert "10 requests a stream after 2 to warm up, temperature" in capsys.readouterr().out
+
+
+async def test_a_model_of_which_there_is_only_the_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(shapes.SHAPES, "cut", shapes.V2_LITE | {"vocab_size": 400})
+    folder = str(shapes.write_model("cut", 2, tmp_path))
+    settings = Settings(port=0, drain_seconds=0.3, model=folder, model_name="tiny", weights="random")
+    async for front in make_front(settings, SteadyWorker):
+        front.worker.script = lambda request: [TOKEN] * (request.sampling.max_tokens + 1)
+        assert await run(front, *SHORT, "--concurrency", 2, "--vocabulary", 400)
+
+
+def test_a_server_that_lives_as_long_as_the_run(tmp_path: Path) -> None:
+    for path in ("health", "ready"):
+        (tmp_path / path).touch()
+    server = f"{sys.executable} -m http.server {{port}} --bind 127.0.0.1 --directory {tmp_path}"
+    options = serve.read_options(["--server", server])
+    with serve.serving(options):
+        assert options.url.endswith("/v1")
+        health = options.url.removesuffix("v1") + "health"
+        urllib.request.urlopen(health).close()
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(health)
 
 
 async def test_as_many_at_a_time_as_asked(front: Front) -> None:

@@ -118,9 +118,10 @@ def test_a_cold_start_has_a_cache_of_its_own() -> None:
 
 
 @pytest.mark.cluster
-def test_the_cluster_of_make_serve() -> None:
+def test_the_cluster_of_make_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOECULE_DEVICE", "cpu")
     began = time.monotonic()
-    run = start.start_once([part.format(shards=2, workers=1) for part in start.SERVE], cold=False, limit=120)
+    run = start.start_once(start.make_serve(), cold=False, limit=120)
     order = ["processes started", "nats: ready", "expert_shard: ready", "expert_shard: holding"]
     order += ["gpu_worker: expert shard attached", "/ready answers", "a token is answered"]
     assert sorted(order, key=lambda phase: run[phase]) == order

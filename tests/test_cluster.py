@@ -28,7 +28,7 @@ LOAD_SECONDS = 12.0  # interpreter, torch and models/tiny on two busy cores
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Cluster]:
-    with cluster(workers=2, shards=2) as one:
+    with cluster(workers=2, shards=2, device="cpu") as one:
         yield one
 
 
@@ -193,7 +193,7 @@ def test_a_client_that_leaves_is_an_abort(running: Cluster, client: openai.OpenA
 
 def test_sigterm_finishes_what_is_in_flight_and_ctrl_c_leaves_nothing():
     before = set(Path("/dev/shm").iterdir())
-    with cluster(workers=1, shards=2) as one:
+    with cluster(workers=1, shards=2, device="cpu") as one:
         client = openai.OpenAI(base_url=f"{one.url}/v1", api_key="none", max_retries=0)
         with ThreadPoolExecutor() as pool:
             (stream,) = tell_stories(client, pool, 1, tokens=60)

@@ -18,7 +18,7 @@ import pytest
 
 from common.lines import ready_line
 from common.nats_bus import NatsBus
-from common.serve import lines_of
+from common.serve import lines_of, procfile_here
 from common.settings import Settings
 from common.supervisor import restart_delay
 from tests.conftest import REPO
@@ -257,7 +257,7 @@ def test_lines_end_when_honcho_is_killed(family: Family):
 def test_serve_that_is_stopped_while_it_starts_leaves_nothing(family: Family, seconds: float):
     (family.folder / "Procfile").write_text("".join(f"{name}: exec python -m toy\n" for name in "abcdef"))
     serve = subprocess.Popen(
-        [sys.executable, "-m", "common.serve", "a=2,b=0"], cwd=family.folder, stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", "common.serve", "a=2,b=0", "Procfile"], cwd=family.folder, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, env=family.environment(PYTHONPATH=f"{REPO}:{family.folder}"),
     )  # fmt: skip
     time.sleep(seconds)
@@ -269,6 +269,18 @@ def test_serve_that_is_stopped_while_it_starts_leaves_nothing(family: Family, se
 def test_serve_counts_the_lines_of_a_formation(tmp_path: Path):
     (tmp_path / "Procfile").write_text("nats: x\nshard: y\nworker: z\n")
     assert lines_of("shard=4,worker=0", tmp_path / "Procfile") == 5 and lines_of("", tmp_path / "Procfile") == 3
+
+
+def test_serve_takes_the_gpu_where_there_is_one_and_nobody_keeps_it_out(tmp_path: Path):
+    without, with_one = {"PATH": str(tmp_path)}, {"PATH": str(tmp_path / "bin")}
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvidia-smi").touch(mode=0o755)
+    assert procfile_here(without, tmp_path) == "Procfile"
+    assert procfile_here(with_one, tmp_path) == "Procfile.gpu"
+    assert procfile_here(with_one | {"MOECULE_DEVICE": "CPU"}, tmp_path) == "Procfile"
+    (tmp_path / ".env").write_text("MOECULE_DEVICE=cpu\n")
+    assert procfile_here(with_one, tmp_path) == "Procfile"
+    assert all((REPO / procfile).is_file() for procfile in ("Procfile", "Procfile.gpu"))
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.4])
