@@ -2,13 +2,14 @@
 
 python -m benchmarks.engine --shape v2-lite --points 1024x4,1024x16,1024x64,8192x4 --output 1024 --rounds 5
 python -m benchmarks.engine --shape r1 --layers 11 --output 192
-python -m benchmarks.engine --points 1024x16,1024x64 --link mailbox --shards 2
+python -m benchmarks.engine --points 1024x16,1024x64 --link mailbox --shards 2 [--workers 2]
 
 TPOT = (time of a run - time of the same run with one output token) / (output - 1), the whole batch submitted at once.
 The floor counts the bytes that a step must read: all weights but the routed experts' that no token chose (counted in
 the last layer, in every step), and the cache at the starting context.
 
-`--link mailbox`: then the same with the experts in processes of their own, all on this GPU under MPS.
+`--link mailbox`: then the same with the experts in processes of their own, all on this GPU under MPS, and with
+`--workers 2` beside a second worker, which is stopped in the middle of a run.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Bench:
     def __init__(self, config: ModelConfig, weights: Weights, stacks: dict[int, ExpertStack], **settings: Any) -> None:
         self.config, self.weights, self.stacks = config, weights, stacks
         self._run = Run(set())
+        self.steps: list[float] = []  # when each step of the last run was told
         self.engine: Engine = make_engine(config, weights, stacks, self._emit, prefix_cache=False, **settings)
         assert isinstance(self.engine.runner, GpuRunner)
         self.runner = self.engine.runner
@@ -115,6 +117,8 @@ class Bench:
 
     def _emit(self, output: StepOutput) -> None:
         run = self._run
+        if output.chunks:
+            self.steps.append(time.perf_counter())
         for chunks in output.chunks.values():
             for chunk in chunks:
                 run.tokens += len(chunk.tokens)
@@ -137,6 +141,7 @@ class Bench:
             for i in range(concurrency)
         ]
         self.watch.reset()
+        self.steps.clear()
         run = self._run = Run({r.request_id for r in requests})
         started = time.perf_counter()
         for request in requests:
@@ -258,6 +263,7 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="compute the shared experts by themselves, as with a link")
     parser.add_argument("--link", choices=("local", "mailbox"), default="local", help="mailbox: after the local link")
     parser.add_argument("--shards", type=int, default=2, help="processes that hold the experts, with --link mailbox")
+    parser.add_argument("--workers", type=int, choices=(1, 2), default=1, help="with --link mailbox")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with mps() if arguments.link == "mailbox" else contextlib.nullcontext():

@@ -112,14 +112,42 @@ class PipeBus:
         return beat
 
 
+class WorkerLinks:
+    """A worker's links, and the event loop that follows the map for them."""
+
+    def __init__(
+        self, bus: Any, config: ModelConfig, worker_id: str, layout: SlabLayout, buckets: Sequence[int], bound: float
+    ) -> None:
+        from services.gpu_worker.gpu_links import GpuLinks
+
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="links", daemon=True)
+        self._thread.start()
+        self.links = GpuLinks(
+            bus, config, worker_id=worker_id, boot_id=new_boot_id(), node=node_id(), layout=layout, buckets=buckets,
+            loop=self._loop, bound=bound,
+        )  # fmt: skip
+
+    def attach(self, expert_map: ExpertMap) -> None:
+        self._call(self.links.set_map(expert_map))
+        if self.links.reason:
+            raise RuntimeError(self.links.reason)
+
+    def close(self) -> None:
+        self._call(self.links.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(LOAD_SECONDS)
+
+
 class Shards:
     def __init__(
         self, model: Path, layout: SlabLayout, buckets: Sequence[int], count: int, *, bound: float = 30.0,
         **settings: Any,
     ) -> None:  # fmt: skip
         """Each holds every `count`-th partition."""
-        from services.gpu_worker.gpu_links import GpuLinks
-
         whole = Settings(model=str(model), device="cuda", **settings)
         self.config = ModelConfig.load(model, whole.weights)
         self.names = [f"s{n}" for n in range(count)]
@@ -132,16 +160,11 @@ class Shards:
             theirs.close()
         self.bus = PipeBus(pipes)
         self._pipes = pipes
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="links", daemon=True)
-        self._thread.start()
-        self.links = GpuLinks(
-            self.bus, self.config, worker_id="w", boot_id=new_boot_id(), node=node_id(), layout=layout,  # type: ignore[arg-type]
-            buckets=buckets, loop=self._loop, bound=bound,
-        )  # fmt: skip
+        self._worker = WorkerLinks(self.bus, self.config, "w", layout, buckets, bound)
+        self.links = self._worker.links
 
-    def attach(self) -> None:
-        """When all have loaded."""
+    def attach(self) -> ExpertMap:
+        """When all have loaded. What any further worker is to attach to."""
         partitions = range(self.config.partitions)
         for n, name in enumerate(self.names):
             self._until(lambda name=name: self.bus.beat(name).state == "ready", f"{name} is not ready")  # type: ignore[misc]
@@ -157,22 +180,14 @@ class Shards:
             owners=tuple((self.names[p % len(self.names)],) for p in partitions),
             shards={name: ShardEntry(beat.boot_id, beat.node) for name, beat in beats.items()},
         )
-        self._call(self.links.set_map(expert_map))
-        if self.links.reason:
-            raise RuntimeError(self.links.reason)
+        self._worker.attach(expert_map)
+        return expert_map
 
     def stand_still(self, name: str) -> None:
-        """SIGSTOP, until the last of its threads has stopped."""
-        pid = self.processes[name].pid
-        assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
-        tasks = Path(f"/proc/{pid}/task")
-        self._until(lambda: all("T (stopped)" in (task / "status").read_text() for task in tasks.iterdir()), "it runs")
+        stand_still(self.processes[name])
 
     def close(self) -> None:
-        self._call(self.links.close())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._worker.close()
         for pipe in self._pipes.values():
             pipe.close()
         for process in self.processes.values():
@@ -180,12 +195,20 @@ class Shards:
             process.kill()
             process.join()
 
-    def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(LOAD_SECONDS)
-
     def _until(self, condition: Any, why: str) -> None:
         deadline = time.monotonic() + LOAD_SECONDS
         while not condition():
             if time.monotonic() > deadline or not all(p.is_alive() for p in self.processes.values()):
                 raise RuntimeError(why)
             time.sleep(0.1)
+
+
+def stand_still(process: Any) -> None:
+    """SIGSTOP, until the last of its threads has stopped."""
+    os.kill(process.pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{process.pid}/task")
+    deadline = time.monotonic() + PIPE_SECONDS
+    while not all("T (stopped)" in (task / "status").read_text() for task in tasks.iterdir()):
+        if time.monotonic() > deadline:
+            raise RuntimeError("it runs")
+        time.sleep(0.01)
