@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import triton
-from triton.runtime._async_compile import AsyncCompileMode
 
 from benchmarks.kernels import KernelCase
 from benchmarks.kernels.timing import microseconds
 from kernels import target
+from kernels.ahead import compiling_ahead
 
 KERNELS = Path(target.__file__).parent
 
 
 def compile_all(case: KernelCase, tiles: list[dict]) -> None:
-    """Fill Triton's cache for these tiles with all cores at once; nothing is launched. Failures show when measured."""
-    launch = triton.JITFunction.run
-
-    def only_compile(self, *args, grid, warmup, **kwargs):
-        return launch(self, *args, grid=grid, warmup=True, **kwargs)
-
-    triton.JITFunction.run = only_compile
-    try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
-            for tile in tiles:
-                try:
-                    case.make(tile)[0]()
-                except Exception:
-                    continue
-    finally:
-        triton.JITFunction.run = launch
+    """Fill Triton's cache for these tiles. Failures show when measured."""
+    with compiling_ahead(ignore_errors=True):
+        for tile in tiles:
+            with contextlib.suppress(Exception):
+                case.make(tile)[0]()
 
 
 GAIN = 0.98  # of the rule's time: what differs by less is noise, and a table of noise is worse than a rule

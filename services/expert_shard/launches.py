@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from common.device import capturing
+from kernels.ahead import compiling_ahead
 from kernels.link import Peers, SlabLayout
 from kernels.link.ipc import HostWords
 from services.expert_shard.passes import SLICE_ROWS, Passes
 from services.expert_shard.stacks import ExpertStack
+
+REGIONS = 2  # of decodes, which layers take by turns: so many launch every kernel
 
 
 class GpuLaunches:
@@ -51,15 +54,19 @@ class GpuLaunches:
         dry.ok.zero_()
         self._rehearsal = Passes(self.layout, self._slab, dry, stacks, self._slice)
         passes = Passes(self.layout, self._slab, self._end, stacks, self._slice)
+        with compiling_ahead(), torch.inference_mode():
+            for rows in self._buckets:
+                self._rehearsal.decode(rows, passes.new_work(rows), REGIONS)
+            self.rehearse(prefill_sizes(self.layout.prefill_rows), layers=1)
         graphs = {rows: self._capture(passes, rows) for rows in sorted(self._buckets, reverse=True)}
         self.rehearse(prefill_sizes(self.layout.prefill_rows))
         self._passes, self._graphs = passes, graphs
 
-    def rehearse(self, sizes: Sequence[int]) -> None:
+    def rehearse(self, sizes: Sequence[int], layers: int | None = None) -> None:
         """Prefills of so many rows."""
         with torch.inference_mode(), torch.cuda.stream(self._captures):
             for rows in sizes:
-                for piece in self._rehearsal.prefill(rows):
+                for piece in self._rehearsal.prefill(rows, layers):
                     piece()
         torch.cuda.synchronize()
 

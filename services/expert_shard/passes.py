@@ -52,9 +52,9 @@ class Passes:
         work.plan.pairs.zero_()
         return work
 
-    def decode(self, rows: int, work: ExpertWork) -> None:
-        """All layers, to be captured."""
-        for order in range(len(self._stacks)):
+    def decode(self, rows: int, work: ExpertWork, layers: int | None = None) -> None:
+        """All layers, or the first ones, to be captured."""
+        for order in range(len(self._stacks[:layers])):
             self.decode_layer(order, rows, work)
 
     def decode_layer(self, order: int, rows: int, work: ExpertWork) -> None:
@@ -62,9 +62,9 @@ class Passes:
         self._take(rows)
         self._give_back(self._partial(region, self._stacks[order], 0, rows, work), region)
 
-    def prefill(self, rows: int) -> Iterator[Callable[[], None]]:
-        """A launch after the other, in pieces of at most a slice of one layer."""
-        for stack in self._stacks:
+    def prefill(self, rows: int, layers: int | None = None) -> Iterator[Callable[[], None]]:
+        """All layers, or the first ones: a launch after the other, in pieces of at most a slice of one layer."""
+        for stack in self._stacks[:layers]:
             yield lambda: self._take(rows)
             if rows <= self._slice:
                 yield lambda stack=stack: self._give_back(  # type: ignore[misc]

@@ -10,6 +10,7 @@ from structlog.typing import FilteringBoundLogger
 
 from common.model_config import ModelConfig
 from common.pages import PAGE
+from kernels.ahead import compiling_ahead
 from services.gpu_worker.batch import Batch, Chunk
 from services.gpu_worker.engine import Engine, StepOutput
 from services.gpu_worker.graphs import GpuRunner, StepLinks, buckets
@@ -49,6 +50,8 @@ def make_engine(
     torch.set_grad_enabled(False)
     model = Model(config, weights, stacks=stacks, device_link=links.device if links else None)
     sampler = Sampler(config, max_batch=max_batch, threads=1, device="cuda")
+    compile_kernels(model.abridged(), sampler, max_batch, max_context, chunk_tokens, fp8_cache=fp8_cache, links=links)
+    log.info("kernels compiled")
     if not pages:
         pages = cache_pages(model, max_batch, chunk_tokens, max_context, fp8_cache, memory)
     log.info("KV cache", pages=pages, tokens=pages * PAGE)
@@ -57,15 +60,34 @@ def make_engine(
         model, cache, sampler, max_batch=max_batch, max_context=max_context, fp8_cache=fp8_cache, links=links
     )
     runner.capture()
-    for rows in REHEARSED:
-        if rows < chunk_tokens:
-            rehearse_prefill(model, rows, rows, fp8_cache)
+    for rows in rehearsed(chunk_tokens):
+        rehearse_prefill(model, rows, rows, fp8_cache)
     log.info("decode graphs", buckets=sorted(runner.graphs))
     planner = Planner(
         PageAllocator(pages), config.fingerprint, max_batch=max_batch, pace=Pace(chunk_tokens, itl),
         prefix_cache=prefix_cache,
     )  # fmt: skip
     return Engine(config, runner, planner, sampler, emit, log)
+
+
+def rehearsed(chunk_tokens: int) -> list[int]:
+    return [rows for rows in REHEARSED if rows < chunk_tokens]
+
+
+def compile_kernels(
+    model: Model, sampler: Sampler, max_batch: int, max_context: int, chunk_tokens: int, *, fp8_cache: bool,
+    links: StepLinks | None,
+) -> None:  # fmt: skip
+    """Those that serving is known to need."""
+    runner = GpuRunner(
+        model, model.new_cache(1, fp8_cache), sampler, max_batch=max_batch, max_context=max_context,
+        fp8_cache=fp8_cache, links=links,
+    )  # fmt: skip
+    with compiling_ahead():
+        runner.compile()
+        rehearse_prefill(model, chunk_tokens, max_context, fp8_cache)
+        for rows in rehearsed(chunk_tokens):
+            rehearse_prefill(model, rows, rows, fp8_cache)
 
 
 def cache_pages(

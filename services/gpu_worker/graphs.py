@@ -8,8 +8,6 @@ names it is under way: the newer one's writes come later.
 from __future__ import annotations
 
 from collections.abc import Callable
-from collections.abc import Sequence as Many
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,8 +28,6 @@ from services.gpu_worker.sampler import Sampled, Sampler, int64, logprobs_of
 from services.gpu_worker.scoring import Scored, score_prompts
 from services.gpu_worker.step import build_batch
 from services.gpu_worker.work import Work
-
-COMPILING = 8  # threads
 
 
 def buckets(most: int) -> list[int]:
@@ -110,7 +106,6 @@ class BlockTable:
 class Prepared:
     """A bucket's launches before they are captured."""
 
-    rows: int
     work: Work
     logits: Tensor  # [rows, vocab]
     forward: Callable[[], None]
@@ -166,31 +161,22 @@ class GpuRunner:
         self.graphs: dict[int, DecodeGraph] = {}
         self._pool: Any = None
 
-    def capture(self) -> None:
-        """All decode graphs, the largest first: the smaller ones' scratch lies in what it took."""
-        prepared = [self._prepare(rows) for rows in reversed(buckets(self._max_batch))]
-        self._blank(self._max_batch)
-        self._compile(prepared)
-        for one in prepared:
-            self.works[one.rows] = one.work
-            forward, greedy, random = (self._graph(launch) for launch in (one.forward, one.greedy, one.random))
-            self.graphs[one.rows] = DecodeGraph(forward, greedy, random, one.logits, one.work.x)
-        torch.cuda.synchronize()
-
-    def _compile(self, prepared: Many[Prepared]) -> None:
-        """Run all of them once, several at a time: what is not in Triton's cache compiles on all processors. They meet
-        in scratch that launches expect zeroed, so that is put right afterwards."""
-
-        def run(one: Prepared) -> None:
-            with torch.inference_mode(), torch.cuda.stream(torch.cuda.Stream()):
+    def compile(self) -> None:
+        """Within kernels.ahead: every launch of the decode graphs."""
+        for rows in buckets(self._max_batch):
+            one = self._prepare(rows)
+            with torch.inference_mode():
                 for launch in (one.forward, one.greedy, one.random):
                     launch()
-                torch.cuda.current_stream().synchronize()
 
-        torch.cuda.synchronize()
-        with ThreadPoolExecutor(min(COMPILING, len(prepared))) as pool:
-            list(pool.map(run, prepared))
-        self._model.reset_scratch()
+    def capture(self) -> None:
+        """All decode graphs, the largest first: the smaller ones' scratch lies in what it took."""
+        self._blank(self._max_batch)
+        for rows in reversed(buckets(self._max_batch)):
+            one = self._prepare(rows)
+            self.works[rows] = one.work
+            forward, greedy, random = (self._graph(launch) for launch in (one.forward, one.greedy, one.random))
+            self.graphs[rows] = DecodeGraph(forward, greedy, random, one.logits, one.work.x)
         torch.cuda.synchronize()
 
     def bucket(self, rows: int) -> int:
@@ -319,7 +305,6 @@ class GpuRunner:
             self._model.logits(self._model.hidden(batch, self._cache, work), out=logits)
 
         return Prepared(
-            rows,
             work,
             logits,
             forward,

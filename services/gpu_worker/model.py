@@ -7,6 +7,8 @@ is read back and nothing allocated in a pass, so that one of decodes alone can b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
 
@@ -89,18 +91,18 @@ class Model:
 
     def new_cache(self, pages: int, fp8: bool = False) -> Cache:
         """One [pages, PAGE, kv_lora + rope] a layer; a row is the normed latent, then the rotated key."""
-        c = self.config
+        c, layers = self.config, range(len(self.weights.layers))
         if fp8:
             from kernels.latent_cache import page_bytes
 
             size = pages, page_bytes(c.kv_lora, c.rope)
-            planes = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in range(c.layers)]
+            planes = [torch.zeros(size, dtype=torch.uint8, device="cuda") for _ in layers]
             return [Fp8Latent.of(plane, c.kv_lora, c.rope) for plane in planes]
         shape = pages, PAGE, c.latent
         if self.on_gpu:
-            return [torch.zeros(shape, dtype=self.dtype, device="cuda") for _ in range(c.layers)]
+            return [torch.zeros(shape, dtype=self.dtype, device="cuda") for _ in layers]
         # numpy's zeros are pages the kernel hands out when they are first written; torch's are written at once.
-        return [torch.from_numpy(np.zeros(shape, np.float32)) for _ in range(c.layers)]
+        return [torch.from_numpy(np.zeros(shape, np.float32)) for _ in layers]
 
     def new_work(self, rows: int, *, decodes: int = 0, context: int = 0, fp8_cache: bool = False) -> Work:
         """For passes of exactly `rows` rows, of which `decodes` decode; their prefill has up to `context` tokens in the
@@ -277,9 +279,15 @@ class Model:
             attended=rows8(c.heads * c.v_dim) if self.fp8 else None,
         )
 
-    def reset_scratch(self) -> None:
-        """As launches find and leave it, after passes that ran at the same time."""
-        self._linear_scratch.tickets.zero_()
+    def abridged(self) -> Model:
+        """What launches every kernel that this one does, with a dense layer and two sparse ones: a link's rows lie in
+        two places by turns."""
+        layers = self.weights.layers
+        dense = [layer for layer in layers if layer.w_gate is None][:1]
+        sparse = [layer for layer in layers if layer.w_gate is not None][:2]
+        few = copy(self)
+        few.weights = replace(self.weights, layers=(*dense, *sparse))
+        return few
 
     @cached_property
     def _linear_scratch(self) -> LinearScratch:
