@@ -20,6 +20,7 @@ from torch import Tensor
 from common.device import capturing
 from common.messages import TokenLogprobs
 from common.pages import PAGE
+from common.pinned import to_device, to_host
 from kernels.sample import Logprobs, SampleParams
 from services.gpu_worker.batch import Batch, Feed
 from services.gpu_worker.device_link import IN_FLIGHT, DeviceLink
@@ -373,16 +374,12 @@ def _on_the_way(sequences: tuple[Sequence, ...], found: Logprobs | None) -> list
     """To the host: read where they are, they would wait for the step behind this one."""
     if found is None:
         return []
-    return [(sequences, Logprobs(*map(_to_host, (found.wanted, found.chosen, found.ids, found.values))))]
-
-
-def _to_host(x: Tensor) -> Tensor:
-    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    return [(sequences, Logprobs(*map(to_host, (found.wanted, found.chosen, found.ids, found.values))))]
 
 
 def _to_gpu(batch: Batch) -> Batch:
     def there(x: Tensor) -> Tensor:
-        return x.cuda(non_blocking=True)
+        return to_device(x, "cuda")
 
     return Batch(
         tokens=there(batch.tokens),
