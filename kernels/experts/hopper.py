@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.experts.work import ExpertWork, rows_and_scale
 from kernels.hopper import descriptor, ring_barriers
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
+from kernels.sizes import next_power_of_2
 
 BLOCK = 128  # rows of a block of the plan
 _HALF = gl.constexpr(64)  # of them, a warpgroup's
@@ -218,7 +219,7 @@ def grouped_ffn(x: Fp8Rows, weights: Tensor, gate_up: Fp8Blocks, down: Fp8Blocks
     words = hidden // 4
     _gather[(pairs,)](
         x.data.view(torch.int32), plan.pairs, plan.counts, gathered.view(torch.int32), words, weights.shape[1],
-        triton.next_power_of_2(words), num_warps=4,
+        next_power_of_2(words), num_warps=4,
     )  # fmt: skip
     rows = Fp8Rows(gathered.view(x.data.dtype), x.scale)
     _launch(True, rows, gate_up, act.data, act.scale, weights, work)

@@ -14,7 +14,6 @@ For few.py a tile is {"rows", "both"}: the stages of its one launch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ def tile_for(
     topk, held = topk - shared, held - shared
     if takes_one_launch(tokens, topk + shared, hidden, inter, fp8, dtype):
         return one_launch(6 if fp8 else 13)
-    measured: Tile | None = measured_tile(Path(__file__).parent, shape_name(topk, held, hidden, inter, fp8), tokens)
+    measured: Tile | None = measured_tile(__file__, shape_name(topk, held, hidden, inter, fp8), tokens)
     return measured or tile_rule(tokens, topk, held, hidden, inter, fp8)
 
 
