@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -13,10 +15,15 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}
 
 
+@cache
+def box_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """In shared memory, as products want it."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[dtype])
+
+
 def descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """TMA's of a matrix, a box of `rows` by `columns` at a time, laid out in shared memory as products want it."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _DTYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)
+    """TMA's of a matrix, a box of `rows` by `columns` at a time."""
+    return TensorDescriptor.from_tensor(matrix, [rows, columns], box_layout(rows, columns, matrix.dtype))
 
 
 @gluon.jit

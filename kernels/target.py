@@ -6,7 +6,6 @@ Imported by the Triton versions alone, never on the CPU path.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,18 +57,19 @@ def _describe(arch: str) -> Target:
 
 
 @cache
-def _table(path: Path) -> Mapping:
-    return json.loads(path.read_text()) if path.exists() else {}
+def _buckets(source: str, shape: str, device: str) -> list[tuple[int, dict[str, int]]]:
+    """(most tokens, tile), the smallest first."""
+    path = Path(source).with_name("tiles.json")
+    devices = json.loads(path.read_text()).get(triton.__version__, {}) if path.exists() else {}
+    own, others = (devices.get(name, {}).get(shape, {}) for name in (device, _STAND_INS.get(device)))
+    return sorted(((int(most), tile) for most, tile in (own or others).items()), key=lambda entry: entry[0])
 
 
-def measured_tile(folder: Path | str, shape: str, tokens: int) -> dict[str, int] | None:
+def measured_tile(source: str, shape: str, tokens: int) -> dict[str, int] | None:
     """The tile that was measured best for `shape` and the bucket that holds `tokens`, or None: use the static rule.
 
-    `folder`/tiles.json maps Triton's version -> device -> shape (with its dtype) -> bucket -> tile; a bucket is named
-    by the most tokens it holds.
+    The tiles.json beside `source` maps Triton's version -> device -> shape (with its dtype) -> bucket -> tile; a bucket
+    is named by the most tokens it holds.
     """
-    devices, device = _table(Path(folder) / "tiles.json").get(triton.__version__, {}), current().device
-    own, others = (devices.get(name, {}).get(shape, {}) for name in (device, _STAND_INS.get(device)))
-    buckets = own or others
-    fitting = [bucket for bucket in sorted(map(int, buckets)) if bucket >= tokens]
-    return dict(buckets[str(fitting[0])]) if fitting else None
+    fitting = (tile for most, tile in _buckets(source, shape, current().device) if most >= tokens)
+    return None if (tile := next(fitting, None)) is None else dict(tile)

@@ -16,6 +16,7 @@ from common.messages import Generate
 from common.model_config import ModelConfig
 from common.source import open_source
 from services.expert_shard.stacks import load_stacks
+from services.gpu_worker.planner import Plan
 from services.gpu_worker.weights import load_weights
 from tests.engine_rig import Told, ask
 from tests.rounding import rounded
@@ -27,6 +28,7 @@ pytestmark = pytest.mark.gpu
 
 TINY = Path(__file__).parent.parent / "models" / "tiny"
 LIMIT = 2e-2
+ASLEEP = 400_000_000  # cycles, a fifth of a second: many times what a launch of TINY takes the host
 # Times the rounding that tests/rounding.py imitates, which leaves out what lies between an expert's two products.
 MORE = 1.5
 SHAPES: dict[str, dict[str, Any]] = {
@@ -216,3 +218,56 @@ def test_a_row_does_not_depend_on_overlap_or_neighbours_sampling(sampling: dict[
     assert runs[0] == runs[1]
     if "logit_bias" in sampling:
         assert set(runs[0][-1]) == {17}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        dict(temperature=0.0),
+        dict(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01),
+        dict(temperature=0.0, logprobs=2, min_tokens=3),
+        dict(temperature=0.0, prompt_logprobs=2),
+        dict(temperature=0.8, frequency_penalty=0.7, repetition_penalty=1.1),
+        dict(temperature=0.8, logprobs=2, logit_bias=((17, 1.0),)),
+    ],
+    ids=["greedy", "random", "logprobs", "scores", "penalties", "bias"],
+)
+def test_no_launch_waits_for_the_gpu(sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of prefill, of both and of decodes are launched while the GPU sleeps, and it still does afterwards: that
+    shows what torch's own mode does not, such as copies from memory that is not pinned."""
+    served = Served(TINY, prefix_cache=False)
+    served.engine.stop()  # its thread: the steps are made here
+    engine, launch = served.engine, served.engine.runner.launch
+    plans: list[Plan] = []
+    waited: list[bool] = []
+
+    def run(mode: str) -> None:
+        def launch_asleep(plan: Plan) -> Any:
+            torch.cuda._sleep(ASLEEP)
+            awake = torch.cuda.Event()
+            awake.record()
+            torch.cuda.set_sync_debug_mode(mode)
+            try:
+                launched = launch(plan)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            plans.append(plan)
+            waited.append(awake.query())
+            return launched
+
+        monkeypatch.setattr(engine.runner, "launch", launch_asleep)
+        requests = [ask(f"{mode} {i}", p, max_tokens=4, seed=i, ignore_eos="min_tokens" not in sampling, **sampling)
+                    for i, p in enumerate(prompts(3, 110, 2000))]  # fmt: skip
+        for request in requests:
+            engine.submit(request)
+        engine._take_notes()
+        while not all(served.finish(request.request_id) for request in requests):
+            engine.step()
+
+    with torch.inference_mode():
+        run("default")  # compiles kernels, and allocates what the same steps then find allocated
+        plans.clear()
+        waited.clear()
+        run("error")
+    assert {(bool(plan.decodes), bool(plan.prefills)) for plan in plans} == {(False, True), (True, True), (True, False)}
+    assert not any(waited)

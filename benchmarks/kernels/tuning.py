@@ -75,4 +75,4 @@ def keep(where: tuple[str, str, int], tile: dict | None) -> None:
         entry.clear()
         entry.update(ordered)
     path.write_text(json.dumps(table, indent=1, sort_keys=False) + "\n")
-    target._table.cache_clear()
+    target._buckets.cache_clear()

@@ -7,6 +7,7 @@ from torch import Tensor
 from kernels.combine_norm.naive import SlotRows
 from kernels.quant.naive import GROUP, Fp8Rows
 from kernels.quant.triton import quantise_groups
+from kernels.sizes import next_power_of_2
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def combine_norm(
     data, scale, group = (out.data, out.scale, GROUP) if isinstance(out, Fp8Rows) else (out, None, 0)
     rows, slots, topk = (slotted[0].rows, slotted[0].slots, slotted[0].slots.shape[1]) if slotted else (None, None, 0)
     first, second = (*dense, None, None)[:2]
-    block = max(triton.next_power_of_2(hidden), GROUP)
+    block = max(next_power_of_2(hidden), GROUP)
     _combine_norm[(tokens,)](
         residual, first, second, rows, slots, weight, data, scale, eps, hidden,
         len(dense), topk, group, block, num_warps=max(1, min(16, block // 512)),

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sizes import cdiv, next_power_of_2
+
 
 @triton.jit
 def _embed(tokens, source, sampled, table, out, ids, hidden, BLOCK: tl.constexpr):
@@ -22,7 +24,7 @@ def embed(
     tokens: Tensor, source: Tensor, sampled: Tensor, table: Tensor, out: Tensor, ids: Tensor | None = None
 ) -> None:
     rows, hidden = out.shape
-    block = min(2048, triton.next_power_of_2(hidden))
+    block = min(2048, next_power_of_2(hidden))
     if rows:
-        grid = rows, triton.cdiv(hidden, block)
+        grid = rows, cdiv(hidden, block)
         _embed[grid](tokens, source, sampled, table, out, ids, hidden, block, num_warps=max(1, block // 512))

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.expert_plan.naive import CHUNK, ExpertPlan
+from kernels.sizes import cdiv, next_power_of_2
 
 FEW = 2 * CHUNK  # so many pairs are sorted by a single program
 
@@ -149,13 +150,13 @@ def _place(
 
 
 def padded_held(held: int) -> int:
-    return max(32, triton.next_power_of_2(held))
+    return max(32, next_power_of_2(held))
 
 
 def tile_rule(pairs: int) -> dict[str, int]:
     """chunk: pairs that a program sorts, all of them if they are few."""
     if pairs <= FEW:
-        chunk = max(32, triton.next_power_of_2(pairs))
+        chunk = max(32, next_power_of_2(pairs))
         return {"chunk": chunk, "warps": max(1, min(8, chunk // 128))}
     return {"chunk": CHUNK, "warps": 8}
 
@@ -164,12 +165,12 @@ def plan_experts(ids: Tensor, slots: Tensor, held: int, plan: ExpertPlan, tile: 
     """One launch for at most FEW pairs, else three."""
     total, entries = ids.numel(), len(slots)
     tile = tile or tile_rule(total)
-    chunks, width, options = triton.cdiv(total, tile["chunk"]), padded_held(held), {"num_warps": tile["warps"]}
+    chunks, width, options = cdiv(total, tile["chunk"]), padded_held(held), {"num_warps": tile["warps"]}
     if chunks > 1:
         if plan.scratch.numel() < (chunks + 1) * held:
             raise ValueError(f"plan has scratch of {plan.scratch.numel()} numbers, {chunks} chunks x {held} experts")
         _count[(chunks,)](ids, slots, plan.scratch, entries, held, total, width, tile["chunk"], **options)
-        _add_up[(max(1, triton.cdiv(held, 8)),)](plan.scratch, held, chunks, 128, 8, num_warps=4)
+        _add_up[(max(1, cdiv(held, 8)),)](plan.scratch, held, chunks, 128, 8, num_warps=4)
     _place[(max(1, chunks),)](
         ids, slots, plan.scratch, plan.pairs, plan.places, plan.blocks, plan.counts, entries, held, total, chunks,
         chunks <= 1, width, tile["chunk"], plan.block_rows, **options,

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.experts.work import ExpertWork, rows_and_scale
 from kernels.hopper import descriptor, ring_barriers
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
+from kernels.sizes import next_power_of_2
 
 BLOCK = 128  # rows of a block of the plan
 _HALF = gl.constexpr(64)  # of them, a warpgroup's
@@ -257,7 +258,7 @@ def grouped_ffn(
     words = hidden * size // 4
     _gather[(len(pairs),)](
         source.view(torch.int32), pairs, plan.counts, room.view(torch.int32), words, weights.shape[1],
-        triton.next_power_of_2(words), num_warps=4,
+        next_power_of_2(words), num_warps=4,
     )  # fmt: skip
     rows = room.view(source.dtype)
     _launch(True, Fp8Rows(rows, x.scale) if isinstance(x, Fp8Rows) else rows, gate_up, work.act, weights, work)

@@ -14,7 +14,6 @@ For few.py a tile is {"rows", "both"}: the stages of its one launch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ def tile_for(
         return one_launch(6 if fp8 else 13)
     measured: Tile | None = None
     if fp8 or dtype.itemsize == 2:
-        measured = measured_tile(Path(__file__).parent, shape_name(topk, held, hidden, inter, fp8), tokens)
+        measured = measured_tile(__file__, shape_name(topk, held, hidden, inter, fp8), tokens)
     tile = measured or tile_rule(tokens, topk, held, hidden, inter, fp8, dtype)
     if shared and not fp8 and tokens > tile["rows"] == 16:
         # A shared expert has all tokens. Wider blocks halve its tiles, which in bf16 are a tenth of all at 64 tokens.

@@ -21,6 +21,7 @@ from kernels.expert_plan.naive import ExpertPlan
 from kernels.experts.tiles import fit
 from kernels.experts.work import ExpertWork, rows_and_scale
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import INTERPRETED, current
 from kernels.tl_ops import dot, fp8_max, to_fp8
 
@@ -244,9 +245,9 @@ def sum_slots(part: SlotRows, out: Tensor) -> None:
     tokens, hidden = out.shape
     if not tokens:
         return
-    block = min(1024, triton.next_power_of_2(hidden))
+    block = min(1024, next_power_of_2(hidden))
     pdl = _hopper()
-    _sum_slots[(tokens, triton.cdiv(hidden, block))](
+    _sum_slots[(tokens, cdiv(hidden, block))](
         part.rows, part.slots, out, hidden, part.slots.shape[1], block, pdl, num_warps=4, **_overlap(pdl)
     )
 

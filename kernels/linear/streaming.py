@@ -15,6 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.linear.naive import LinearScratch
 from kernels.quant.naive import GROUP
+from kernels.sizes import cdiv
 from kernels.tl_ops import dot
 
 DEEP = tl.constexpr(8)  # tiles of tokens side by side, where there are several: they share the weights in the L2
@@ -121,7 +122,7 @@ def streaming(
 ) -> None:
     (tokens, k), n = x.shape, len(w)
     bm, bn, bk = tile["BM"], tile["BN"], tile["BK"]
-    tiles = triton.cdiv(tokens, bm) * triton.cdiv(n, bn)
+    tiles = cdiv(tokens, bm) * cdiv(n, bn)
     splits = 1 if scratch is None else tile["splits"]
     LinearScratch.check(splits, tiles, bm, bn)
     if k % bk or (x_scale is not None and (bk != GROUP or GROUP % bn)):

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ def linear(
     if not tokens:
         return
     if tile is None:
-        tile = measured_tile(Path(__file__).parent, shape_name(n, k, rows.dtype), tokens)
+        tile = measured_tile(__file__, shape_name(n, k, rows.dtype), tokens)
         if tile is None or not _takes(tile, x, w, out, add, scratch):
             tile = tile_rule(tokens, n, k, rows.dtype, _stored_by_tma(out), _ring_takes(x, w, out, add))
     if isinstance(x, Tensor) or isinstance(w, Tensor):

@@ -9,6 +9,7 @@ from kernels.link.flags import BASE, COLUMNS, FLAG, LIVE, all_heard, begin, let_
 from kernels.link.layout import Region, SlabLayout
 from kernels.link.views import STEP, Peers
 from kernels.quant.naive import Fp8Rows
+from kernels.sizes import next_power_of_2
 from kernels.target import INTERPRETED, current, measured_tile
 
 WORKER, SHARD = 0, 1  # how many signals of the other side a wait wants beyond those we have given
@@ -212,7 +213,7 @@ def dispatch(
     data, scale = (x.data, x.scale) if isinstance(x, Fp8Rows) else (x, None)
     words = data.view(int32)  # the copy knows no formats
     width, groups = words.shape[1], scale.shape[1] if scale is not None else 1
-    block, k, pdl = tile["places"], triton.next_power_of_2(topk), bool(tile["pdl"])
+    block, k, pdl = tile["places"], next_power_of_2(topk), bool(tile["pdl"])
     places = (there.ids, there.weights, there.count, there.reply, layout.block_rows)
     if block:
         _place[(len(peers),)](
@@ -224,8 +225,8 @@ def dispatch(
     _dispatch[(programs, len(peers))](
         words, scale, ids, weights, owner, slots, peers.table, peers.tickets, peers.ok,
         tokens, width, groups, there.data, there.scale, *places,
-        len(peers), topk, k, 0 if block else triton.next_power_of_2(tokens), triton.next_power_of_2(width),
-        triton.next_power_of_2(groups), ticket, pdl, num_warps=tile["warps"], **_launch(pdl),
+        len(peers), topk, k, 0 if block else next_power_of_2(tokens), next_power_of_2(width),
+        next_power_of_2(groups), ticket, pdl, num_warps=tile["warps"], **_launch(pdl),
     )  # fmt: skip
 
 
@@ -260,7 +261,7 @@ def combine(
         return
     hidden, pdl = out.shape[1], bool(tile and tile["pdl"])
     _combine[(tokens,)](
-        replies, slots, out, hidden, count, triton.next_power_of_2(hidden), pdl,
+        replies, slots, out, hidden, count, next_power_of_2(hidden), pdl,
         num_warps=tile["warps"] if tile else 8, **_launch(pdl),
     )  # fmt: skip
 
@@ -285,7 +286,7 @@ def give_back(
     ticket = bool(tile["ticket"]) and programs > 1
     _give_back[(programs,)](
         rows, places, count, peers.table, peers.tickets, peers.ok, bound, hidden,
-        layout.region(region).reply * hidden * 2, topk, triton.next_power_of_2(hidden), ticket, pdl,
+        layout.region(region).reply * hidden * 2, topk, next_power_of_2(hidden), ticket, pdl,
         num_warps=tile["warps"], **_launch(pdl),
     )  # fmt: skip
 
@@ -302,7 +303,7 @@ def tile_rule(layout: SlabLayout, tokens: int) -> dict[str, int]:
     or 0: each program of `dispatch` finds the places of its rows itself. pdl: a kernel's programs take their places
     while the one before it ends; early: even while `wait` waits."""
     name = f"{layout.hidden}x{layout.peers}{' fp8' if layout.quantised else ' bf16'}"
-    if tile := measured_tile(__file__.rsplit("/", 1)[0], name, tokens):
+    if tile := measured_tile(__file__, name, tokens):
         return tile
     nvidia = current().arch.startswith("sm") and not INTERPRETED
     # Programs that stand ready must leave room for those they wait for: half of the processors at most.

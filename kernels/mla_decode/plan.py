@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from common.pages import PAGE
+from kernels.sizes import cdiv, next_power_of_2
 
 _PAGE = tl.constexpr(PAGE)
 _CANDIDATES = tl.constexpr(32)
@@ -49,7 +50,7 @@ class DecodePlan:
     ) -> DecodePlan:  # fmt: skip
         """For up to `n` requests. Pieces are kept in `piece`: by default as the output would be, so that a request in
         pieces moves half the bytes that float32 would and is rounded once more."""
-        tiles = triton.cdiv(q_tokens * heads, tile["rows"])
+        tiles = cdiv(q_tokens * heads, tile["rows"])
         parts = max(1, processors * tile["programs"] // tiles)
         rows = tiles * tile["rows"]
 
@@ -130,7 +131,7 @@ def plan_decode(context: Tensor, plan: DecodePlan) -> None:
     """Fill `plan` for requests of these lengths, int32 [n], the new tokens included. 0: a row that only pads the batch;
     its output is zeros."""
     tile = plan.tile
-    block = triton.next_power_of_2(plan.parts + 1)
+    block = next_power_of_2(plan.parts + 1)
     _plan[(1,)](
         context, plan.begin, plan.joins, plan.count, len(context), plan.parts, tile["setup"], tile["least"],
         tile["join"], block, 256, num_warps=1,

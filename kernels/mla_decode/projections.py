@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.tl_ops import dot
 
 
@@ -48,8 +49,8 @@ def per_head(x, w, out, tile: dict[str, int], pdl: bool) -> None:
     tokens, tail = len(x), x.shape[2] - k
     if not tokens:
         return
-    _per_head[(heads * triton.cdiv(n, tile["bn"]), 1)](
+    _per_head[(heads * cdiv(n, tile["bn"]), 1)](
         x, w, out, tokens, k, n, x.stride(0), x.stride(1), *w.stride(), out.stride(0), out.stride(1),
-        tail, tile["bm"], tile["bn"], max(16, triton.next_power_of_2(k)), pdl, num_warps=tile["warps"],
+        tail, tile["bm"], tile["bn"], max(16, next_power_of_2(k)), pdl, num_warps=tile["warps"],
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 
 from common.pages import PAGE
@@ -12,6 +10,7 @@ from kernels.latent_cache import Fp8Latent
 from kernels.mla_decode.attend import attention, join
 from kernels.mla_decode.plan import DecodePlan, plan_decode
 from kernels.mla_decode.projections import per_head
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import INTERPRETED, current, measured_tile
 
 __all__ = ["attend", "candidates", "decode_plan", "mla_decode", "plan_decode", "project", "projection_candidates"]
@@ -45,7 +44,7 @@ def tile_rule(
         body |= {"tokens": 32, "warps": 4, "stages": 1}
     if arch == "gfx942":
         body |= {"tokens": 16, "warps": 4, "stages": 1}
-    measured = measured_tile(Path(__file__).parent, shape_key(rows, kv_lora, rope, fp8, max_context), requests)
+    measured = measured_tile(__file__, shape_key(rows, kv_lora, rope, fp8, max_context), requests)
     return measured or tile | body
 
 
@@ -91,7 +90,7 @@ def attend(
         latents, keys, scales, scale_pitch = cache.data, cache.rope, cache.scale, cache.scale.stride(0)
     else:
         latents, keys, scales, scale_pitch = cache[..., :kv_lora], cache[..., kv_lora:], None, 0
-    grid = (triton.cdiv(rows, tile["rows"]), plan.parts)
+    grid = (cdiv(rows, tile["rows"]), plan.parts)
     shared = block_table, context, plan.begin, out, plan.pieces, plan.lse, scale * math.log2(math.e), rows, heads
     sizes = kv_lora, width - kv_lora, tile["rows"]
     if tile["hopper"]:
@@ -107,7 +106,7 @@ def attend(
     most, programs = min(n, plan.parts) * rows, 8 * current().processors
     deep = 32 if most <= 2 * current().processors else 16  # few rows may have many pieces
     join_rows = max(1, 16384 // (deep * kv_lora))
-    join[(min(programs, triton.cdiv(most, join_rows)),)](
+    join[(min(programs, cdiv(most, join_rows)),)](
         plan.joins, plan.count, plan.pieces, plan.lse, out, rows, plan.lse.shape[1], kv_lora, join_rows, deep, pdl,
         num_warps=4, **_pdl(pdl),
     )  # fmt: skip
@@ -148,16 +147,16 @@ def project(x: Tensor, w: Tensor, out: Tensor, tile: dict[str, int] | None = Non
 
 def projection_rule(tokens: int, heads: int, k: int, n: int) -> dict[str, int]:
     """All of a program's weights are on their way at once: 16 to 32 KB, several programs a processor."""
-    bn = max(16, min(128, 16384 // triton.next_power_of_2(k)))
-    while bn > 16 and heads * triton.cdiv(n, bn) < 256:
+    bn = max(16, min(128, 16384 // next_power_of_2(k)))
+    while bn > 16 and heads * cdiv(n, bn) < 256:
         bn //= 2
     rule = {"bm": _token_tile(tokens, k), "bn": bn, "warps": 4}
-    return measured_tile(Path(__file__).parent, projection_key(heads, k, n), tokens) or rule
+    return measured_tile(__file__, projection_key(heads, k, n), tokens) or rule
 
 
 def _token_tile(tokens: int, k: int) -> int:
     """16 to 64, and small enough beside the weights."""
-    return max(16, min(64, 16384 // triton.next_power_of_2(k), triton.next_power_of_2(tokens)))
+    return max(16, min(64, 16384 // next_power_of_2(k), next_power_of_2(tokens)))
 
 
 def projection_key(heads: int, k: int, n: int) -> str:
@@ -170,5 +169,5 @@ def projection_candidates(tokens: int, k: int) -> list[dict[str, int]]:
         {"bm": bm, "bn": bn, "warps": warps}
         for bn in (16, 32, 64, 128)
         for warps in (2, 4, 8)
-        if 4096 <= bn * triton.next_power_of_2(k) <= 32768
+        if 4096 <= bn * next_power_of_2(k) <= 32768
     ]

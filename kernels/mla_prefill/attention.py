@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import tl_ops
 from kernels.mla_prefill.plan import PrefillPlan
+from kernels.sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -99,11 +100,11 @@ def attend(
 ) -> None:
     heads, v_dim, bm = q.shape[1], out.shape[2], tile["BM"]
     nope = kv.shape[2] - v_dim
-    chunks, most_blocks = len(plan.contexts), triton.cdiv(plan.most_rows, bm)
-    grid = triton.cdiv(heads, tile["sweep"]) * tile["sweep"] * chunks * most_blocks
+    chunks, most_blocks = len(plan.contexts), cdiv(plan.most_rows, bm)
+    grid = cdiv(heads, tile["sweep"]) * tile["sweep"] * chunks * most_blocks
     _attend[(grid,)](
         q, kv, rope, out, plan.cu_rows, plan.contexts, plan.cu_contexts, scale,
         q.stride(0), kv.stride(0), out.stride(0), heads, chunks, most_blocks, tile["sweep"],
-        nope, rope.shape[1], v_dim, triton.next_power_of_2(nope), triton.next_power_of_2(v_dim),
+        nope, rope.shape[1], v_dim, next_power_of_2(nope), next_power_of_2(v_dim),
         bm, tile["BN"], num_warps=tile["warps"], num_stages=tile["stages"],
     )  # fmt: skip

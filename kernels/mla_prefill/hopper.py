@@ -9,7 +9,6 @@ are not in step, so the tensor cores have work while either is in its softmax. P
 rows are fetched while the last one is written. Reference: FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2.
 """
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,8 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate
 
+from kernels.hopper import box_layout
 from kernels.mla_prefill.attention import locate
 from kernels.mla_prefill.plan import PrefillPlan
+from kernels.sizes import cdiv
 from kernels.target import current
 
 BM = 128  # rows of a block, two warpgroups' worth
@@ -293,8 +294,8 @@ def _attend(
 
 def _boxes(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Boxes of x [n, ...] seen as a matrix of n rows."""
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], getattr(gl, str(x.dtype).removeprefix("torch.")))
-    return TensorDescriptor(x, [len(x), x[0].numel()], [x.stride(0), 1], [rows, columns], layout)
+    shape, layout = [len(x), x[0].numel()], box_layout(rows, columns, x.dtype)
+    return TensorDescriptor(x, shape, [x.stride(0), 1], [rows, columns], layout)
 
 
 def attend(q: Tensor, kv: Tensor, rope: Tensor, plan: PrefillPlan, scale: float, out: Tensor, tile: dict) -> None:
@@ -302,8 +303,8 @@ def attend(q: Tensor, kv: Tensor, rope: Tensor, plan: PrefillPlan, scale: float,
     values there must be finite, since weights of zero multiply them."""
     heads, v_dim, bn = q.shape[1], out.shape[2], tile["BN"]
     nope = kv.shape[2] - v_dim
-    chunks, most_blocks = len(plan.contexts), triton.cdiv(plan.most_rows, BM)
-    places = triton.cdiv(heads, tile["sweep"]) * tile["sweep"] * chunks * most_blocks
+    chunks, most_blocks = len(plan.contexts), cdiv(plan.most_rows, BM)
+    places = cdiv(heads, tile["sweep"]) * tile["sweep"] * chunks * most_blocks
     _attend[(min(places, current().processors),)](
         _boxes(q, 64, nope), _boxes(q, 64, rope.shape[1]), _boxes(kv, bn, nope), _boxes(rope, bn, rope.shape[1]),
         _boxes(kv, bn, v_dim), out, plan.cu_rows, plan.contexts, plan.cu_contexts, out.stride(0), scale,

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from common.pinned import to_device
+
 MOST_BYTES = 1 << 30  # of expanded keys and values; more heads than fit are taken in turns
 
 
@@ -33,11 +35,12 @@ class PrefillPlan:
         def running(sizes: Sequence[int]) -> Tensor:
             return torch.tensor([0, *sizes]).cumsum(0).int()
 
+        table = pad_sequence([p.int() for p in pages], batch_first=True) if pages else torch.empty(0, 0).int()
         return PrefillPlan(
-            running(rows).to(device),
-            torch.tensor(contexts, dtype=torch.int32).to(device),
-            running(contexts).to(device),
-            pad_sequence([p.int() for p in pages], batch_first=True).to(device) if pages else torch.empty(0, 0).int(),
+            to_device(running(rows), device),
+            to_device(torch.tensor(contexts, dtype=torch.int32), device),
+            to_device(running(contexts), device),
+            to_device(table, device),
             max(rows, default=0),
             sum(contexts),
         )

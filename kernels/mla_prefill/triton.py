@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 import triton
@@ -13,6 +12,7 @@ from kernels.latent_cache import Fp8Latent
 from kernels.mla_prefill.attention import attend as attend_anywhere
 from kernels.mla_prefill.plan import PrefillPlan, PrefillScratch
 from kernels.quant.naive import GROUP
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import INTERPRETED, current, measured_tile
 
 SWEPT = 65536  # tokens times heads whose keys and values (512 bytes in the published models) the L2 holds: 32 MB
@@ -57,11 +57,11 @@ def gather(cache: Tensor | Fp8Latent, kv_lora: int, plan: PrefillPlan, scratch: 
         latent, turned = cache[..., :kv_lora], cache[..., kv_lora:]
         scale = latent  # not read
     chunks, rows = len(plan.contexts), 8
-    _gather[(triton.cdiv(plan.tokens, rows),)](
+    _gather[(cdiv(plan.tokens, rows),)](
         latent, scale, turned, plan.block_table, plan.cu_contexts, scratch.latent, scratch.rope, plan.tokens, chunks,
         latent.stride(0), scale.stride(0), turned.stride(0), latent.stride(1), scale.stride(1), turned.stride(1),
         plan.block_table.stride(0), PAGE, kv_lora, turned.shape[2], isinstance(cache, Fp8Latent), GROUP,
-        max(16, triton.next_power_of_2(chunks)), rows, num_warps=4,
+        max(16, next_power_of_2(chunks)), rows, num_warps=4,
     )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def attend(
     heads, v_dim = out.shape[1:]
     shape = q.dtype, kv.shape[2] - v_dim, rope.shape[1], v_dim, heads
     if tile is None:
-        tile = measured_tile(Path(__file__).parent, shape_key(*shape), plan.tokens) or tile_rule(*shape, plan.tokens)
+        tile = measured_tile(__file__, shape_key(*shape), plan.tokens) or tile_rule(*shape, plan.tokens)
     scale *= math.log2(math.e)
     if tile["hopper"]:
         from kernels.mla_prefill.hopper import attend as attend_on_hopper

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
@@ -13,6 +12,7 @@ from kernels.linear import LinearScratch, linear
 from kernels.qkv_norm_rope_write.naive import LATENT_EPS, QkvWeights
 from kernels.quant.naive import GROUP, Fp8Rows
 from kernels.quant.triton import quantise_groups
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import measured_tile
 
 
@@ -176,20 +176,19 @@ def norm_rope_write(
         return
     kv_lora = len(w.kv_norm)
     rope = row.shape[1] - kv_lora
-    folder = Path(__file__).parent
-    tile = tile or measured_tile(folder, shape_name(q_width, w.q_norm is not None), tokens) or tile_rule(tokens)
+    tile = tile or measured_tile(__file__, shape_name(q_width, w.q_norm is not None), tokens) or tile_rule(tokens)
     out, scale = (q.data, q.scale) if isinstance(q, Fp8Rows) else (q, None)
     heads, head = (1, rope) if w.q_norm is not None else out.shape[1:]
-    block = min(tile["heads"], triton.next_power_of_2(heads))
-    parts, width = triton.cdiv(heads, block), GROUP
+    block = min(tile["heads"], next_power_of_2(heads))
+    parts, width = cdiv(heads, block), GROUP
     if w.q_norm is not None:
-        width = max(GROUP, triton.next_power_of_2(q_width))
+        width = max(GROUP, next_power_of_2(q_width))
     row_bias, q_bias = (None, None) if w.a_bias is None else (b[0] for b in w.split(w.a_bias[None], row.shape[1]))
     assert row.stride(0) == queries.stride(0) and out.is_contiguous()
     _norm_rope_write[(tokens, 1 + parts)](
         row, queries, row.stride(0), row_bias, q_bias, w.kv_norm, w.q_norm,
         torch.view_as_real(turns), positions, write, _planes(cache, kv_lora), out, scale, q_width, heads, LATENT_EPS,
-        kv_lora, rope, head - rope, GROUP, width, block, triton.next_power_of_2(max(1, head - rope)),
+        kv_lora, rope, head - rope, GROUP, width, block, next_power_of_2(max(1, head - rope)),
         num_warps=tile["warps"],
     )  # fmt: skip
 
@@ -199,9 +198,9 @@ def rope_q(q: Tensor, turns: Tensor, out: Tensor, positions: Tensor | None = Non
     tokens, heads, head = q.shape
     rope = out.shape[2]
     assert q.is_contiguous() and out.stride(2) == 1
-    block = min(32, triton.next_power_of_2(heads))
+    block = min(32, next_power_of_2(heads))
     if tokens:
-        _rope_q[(tokens, triton.cdiv(heads, block))](
+        _rope_q[(tokens, cdiv(heads, block))](
             q, torch.view_as_real(turns), positions, out, heads, out.stride(0), out.stride(1),
             rope, head - rope, block, num_warps=max(1, block // 8),
         )  # fmt: skip

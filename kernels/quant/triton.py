@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.quant.naive import GROUP, Fp8Rows
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.tl_ops import fp8_max, to_fp8
 
 
@@ -29,8 +30,8 @@ def _quantise_rows(x, data, scale, width, stride, GROUP: tl.constexpr, BLOCK: tl
 
 def quantise_rows(x: Tensor, out: Fp8Rows) -> None:
     rows, width = x.shape
-    block = min(1024, triton.next_power_of_2(width))
+    block = min(1024, next_power_of_2(width))
     if rows:
-        _quantise_rows[(rows, triton.cdiv(width, block))](
+        _quantise_rows[(rows, cdiv(width, block))](
             x, out.data, out.scale, width, x.stride(0), GROUP, block, num_warps=4
         )

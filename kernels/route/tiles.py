@@ -3,19 +3,17 @@ program; `choose_warps` belongs to the launch after it."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-import triton
 
 from kernels.route.naive import ROWS
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import current, measured_tile
 
 FEW = 256  # tokens of a decode step
 
 
 def tile_for(tokens: int, hidden: int, experts: int, x_dtype: torch.dtype, w_dtype: torch.dtype) -> dict[str, int]:
-    measured = measured_tile(Path(__file__).parent, shape_name(hidden, experts, w_dtype), tokens)
+    measured = measured_tile(__file__, shape_name(hidden, experts, w_dtype), tokens)
     return measured or tile_rule(tokens, hidden, experts, max(x_dtype.itemsize, w_dtype.itemsize) > 2)
 
 
@@ -31,10 +29,10 @@ def tile_rule(tokens: int, hidden: int, experts: int, wide: bool) -> dict[str, i
         bm, bn = (16 if tokens <= 16 else 32 if tokens <= 32 or wide else 64), 64
         bk, stages = (64, 2) if wide else (256, 3) if hopper else (128, 2)
     else:
-        bm, bn = 128, min(128, max(64, triton.next_power_of_2(experts)))
+        bm, bn = 128, min(128, max(64, next_power_of_2(experts)))
         bk, stages = 32 if wide else 64, 4 if hopper else 2
-    programs = max(1, current().processors // (triton.cdiv(experts, bn) * triton.cdiv(tokens, bm)))
-    steps = triton.cdiv(triton.cdiv(hidden, bk), programs)
+    programs = max(1, current().processors // (cdiv(experts, bn) * cdiv(tokens, bm)))
+    steps = cdiv(cdiv(hidden, bk), programs)
     warps = 8 if wide or bm * bn > 8192 else 4
     return {"BM": bm, "BN": bn, "BK": bk, "steps": steps, "warps": warps, "stages": stages, "choose_warps": 1}
 
@@ -43,12 +41,12 @@ def candidates(tokens: int, hidden: int, experts: int) -> list[dict[str, int]]:
     """What is worth measuring on an H200, in bf16."""
     found = []
     few = tokens <= FEW
-    best = max(16, min(64, triton.next_power_of_2(tokens)))
+    best = max(16, min(64, next_power_of_2(tokens)))
     for bm in {best, max(16, best // 2)} if few else {64, 128}:
         for bn, bk in ((32, 256), (64, 128), (64, 256), (128, 128)) if few else ((128, 64), (256, 64)):
-            blocks, tiles = triton.cdiv(hidden, bk), triton.cdiv(experts, bn) * triton.cdiv(tokens, bm)
-            for steps in {triton.cdiv(blocks * tiles, programs) for programs in (132, 264)}:
-                if bn > 2 * experts or triton.cdiv(blocks, steps) * tokens > ROWS:
+            blocks, tiles = cdiv(hidden, bk), cdiv(experts, bn) * cdiv(tokens, bm)
+            for steps in {cdiv(blocks * tiles, programs) for programs in (132, 264)}:
+                if bn > 2 * experts or cdiv(blocks, steps) * tokens > ROWS:
                     continue
                 tile = {"BM": bm, "BN": bn, "BK": bk, "steps": steps, "warps": 8 if bm * bn > 8192 else 4}
                 found += [

@@ -12,6 +12,7 @@ from kernels.expert_plan.naive import ExpertPlan
 from kernels.expert_plan.triton import padded_held, plan_experts, plan_from_bits, plan_one_token, slot_of
 from kernels.route.naive import WORDS, RouteScratch, Routing
 from kernels.route.tiles import tile_for
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import INTERPRETED, current
 from kernels.tl_ops import dot
 
@@ -177,10 +178,10 @@ def product(x: Tensor, w_gate: Tensor, scratch: RouteScratch, tile: dict[str, in
     most = scratch.partials.numel() // (tokens * experts)
     if w_gate.stride(0) != 1 or x.stride(1) != 1 or not most:
         raise ValueError("w_gate is a transposed [experts, hidden], and scratch holds at least a row a token")
-    blocks = triton.cdiv(hidden, bk)
-    steps = max(steps, triton.cdiv(blocks, most))
-    splits = triton.cdiv(blocks, steps)
-    grid = splits, triton.cdiv(experts, tile["BN"]), triton.cdiv(tokens, tile["BM"])
+    blocks = cdiv(hidden, bk)
+    steps = max(steps, cdiv(blocks, most))
+    splits = cdiv(blocks, steps)
+    grid = splits, cdiv(experts, tile["BN"]), cdiv(tokens, tile["BM"])
     _product[grid](
         x, w_gate, scratch.partials, tokens, hidden, experts, x.stride(0), w_gate.stride(1),
         steps, tile["BM"], tile["BN"], bk, tile["stages"], **_options(tile, "warps"),
@@ -196,9 +197,9 @@ def choose(
     tokens, columns = ids.shape
     limited = rule.method != "greedy" and rule.topk_groups < rule.groups
     groups = rule.groups if limited else 1
-    g = triton.next_power_of_2(groups)
-    size = max(triton.next_power_of_2(experts // groups), 128 // g)  # four numbers a thread at least: else no redux
-    step = min(triton.next_power_of_2(splits), max(1, 4096 * tile["choose_warps"] // (g * size)))
+    g = next_power_of_2(groups)
+    size = max(next_power_of_2(experts // groups), 128 // g)  # four numbers a thread at least: else no redux
+    step = min(next_power_of_2(splits), max(1, 4096 * tile["choose_warps"] // (g * size)))
     planned = 0 if plan is None or tokens > 32 * WORDS else 1 if tokens == 1 else 2
     outputs = (plan.pairs, plan.places, plan.blocks, plan.counts) if plan is not None and planned else (None,) * 4
     _choose[(tokens,)](
@@ -206,8 +207,8 @@ def choose(
         tokens, experts, 0 if slots is None else len(slots), held, rule.scale,
         splits, min(16, step), rule.scoring == "sigmoid", rule.norm,
         rule.topk_groups if limited else 0, rule.method == "noaux_tc", g, size, experts // groups,
-        rule.topk, rule.shared, triton.next_power_of_2(columns),
-        planned, triton.next_power_of_2(triton.cdiv(tokens, 32)) if planned else 0, padded_held(held),
+        rule.topk, rule.shared, next_power_of_2(columns),
+        planned, next_power_of_2(cdiv(tokens, 32)) if planned else 0, padded_held(held),
         plan.block_rows if plan is not None else 1, **_options(tile, "choose_warps"),
     )  # fmt: skip
     if plan is not None and not planned:

@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.sample.finish import finish
 from kernels.sample.naive import Logprobs, Penalties, SampleParams
 from kernels.sample.nucleus import TRIES, weigh
 from kernels.sample.scan import scan
+from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import INTERPRETED, current, measured_tile
 
 GROUP = 32  # tokens whose maximum is kept: one line of memory, one word of a mask
@@ -39,7 +38,7 @@ class SampleScratch:
         def numbers(width: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.empty(rows, width, dtype=dtype, device=device)
 
-        blocks, groups = triton.cdiv(vocab, LEAST_BLOCK), triton.cdiv(vocab, GROUP)
+        blocks, groups = cdiv(vocab, LEAST_BLOCK), cdiv(vocab, GROUP)
         return SampleScratch(
             numbers(blocks), numbers(blocks, torch.int32), numbers(blocks), numbers(groups),
             numbers(blocks), numbers(blocks), numbers(groups), numbers(groups, torch.int32),
@@ -81,10 +80,10 @@ def sample(
     rows, vocab = logits.shape
     if not rows:
         return
-    tile = tile or measured_tile(Path(__file__).parent, shape_name(logits), 0) or tile_rule()
-    blocks, groups = triton.cdiv(vocab, tile["BLOCK"]), triton.cdiv(vocab, GROUP)
+    tile = tile or measured_tile(__file__, shape_name(logits), 0) or tile_rule()
+    blocks, groups = cdiv(vocab, tile["BLOCK"]), cdiv(vocab, GROUP)
     bans = None if banned is None or not len(banned[0]) else (*banned, len(banned[0]) + 1)
-    most_bans = triton.next_power_of_2(len(banned[0])) if banned is not None and bans else 1
+    most_bans = next_power_of_2(len(banned[0])) if banned is not None and bans else 1
     inputs = (
         logits, logits.stride(0), vocab,
         None if penalties is None else tuple(getattr(penalties, field.name) for field in fields(penalties)), mask, bans,
@@ -94,9 +93,9 @@ def sample(
     if logs is not None:
         wanted, tops = logs.wanted, (logs.chosen, logs.ids, logs.values, logs.ids.shape[1])
     approx, pdl = not INTERPRETED and current().arch.startswith("sm"), not INTERPRETED and current().arch == "sm_90"
-    block, padded = tile["BLOCK"], triton.next_power_of_2(blocks)
+    block, padded = tile["BLOCK"], next_power_of_2(blocks)
     part = max(1, tile["PART"] // block)  # blocks
-    parts = triton.cdiv(blocks, part)
+    parts = cdiv(blocks, part)
     overlap: dict = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
     scan[(blocks, rows)](
         inputs, rules, wanted, scratch.tensors(), most_bans, approx, GROUP, block,
@@ -110,5 +109,5 @@ def sample(
         )  # fmt: skip
     finish[(rows,)](
         inputs, rules, out, wanted, tops, scratch.tensors(), blocks, parts, most_bans, approx, GROUP, block, padded,
-        triton.next_power_of_2(parts), triton.next_power_of_2(groups), CHUNK, num_warps=tile["finish_warps"], **overlap,
+        next_power_of_2(parts), next_power_of_2(groups), CHUNK, num_warps=tile["finish_warps"], **overlap,
     )  # fmt: skip

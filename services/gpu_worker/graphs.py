@@ -18,6 +18,7 @@ from torch import Tensor
 from common.device import capturing
 from common.messages import TokenLogprobs
 from common.pages import PAGE
+from common.pinned import to_device, to_host
 from kernels.sample import Logprobs, SampleParams
 from services.gpu_worker.batch import Batch, Feed
 from services.gpu_worker.device_link import IN_FLIGHT, DeviceLink
@@ -25,7 +26,7 @@ from services.gpu_worker.model import Cache, Model
 from services.gpu_worker.planner import UNKNOWN, Chunk, Plan, Sequence
 from services.gpu_worker.runner import Computed, StepFailed
 from services.gpu_worker.sampler import Sampled, Sampler, int64, logprobs_of
-from services.gpu_worker.scoring import Scored, score_prompts
+from services.gpu_worker.scoring import Scoring, score_prompts
 from services.gpu_worker.step import build_batch
 from services.gpu_worker.work import Work
 
@@ -132,7 +133,7 @@ class UnderWay:
     rows: list[int]  # of `tokens`, one for each of `samples`
     tokens: Tensor  # int64, pinned
     logs: list[tuple[tuple[Sequence, ...], Logprobs]]  # what these asked for
-    scored: list[Scored]
+    scored: list[Scoring]
     ok: Tensor  # int32 [1], pinned: 0 if a shard did not answer
     began: torch.cuda.Event
     done: torch.cuda.Event
@@ -191,7 +192,7 @@ class GpuRunner:
         self._turn = (self._turn + 1) % IN_FLIGHT
         began = torch.cuda.Event(enable_timing=True)
         began.record()
-        sampled, scored = plan.sampled, list[Scored]()
+        sampled, scored = plan.sampled, list[Scoring]()
         logs: list[tuple[tuple[Sequence, ...], Logprobs]] = []
         decoding = tuple(c.sequence for c in plan.decodes)
         prompts = tuple(c.sequence for c in plan.prefills if c.sequence in sampled)
@@ -225,7 +226,8 @@ class GpuRunner:
             told = logprobs_of(sequences, logs)
             logprobs |= {place[s]: told[row] for row, s in enumerate(sequences) if row in told and s in place}
         seconds = launched.began.elapsed_time(launched.done) / 1e3
-        return Computed(Sampled([tokens[row] for row in launched.rows], logprobs), launched.scored, seconds)
+        scored = [scoring.read() for scoring in launched.scored]
+        return Computed(Sampled([tokens[row] for row in launched.rows], logprobs), scored, seconds)
 
     def discard(self, launched: UnderWay) -> None:
         self._ended(launched)
@@ -358,16 +360,12 @@ def _on_the_way(sequences: tuple[Sequence, ...], found: Logprobs | None) -> list
     """To the host: read where they are, they would wait for the step behind this one."""
     if found is None:
         return []
-    return [(sequences, Logprobs(*map(_to_host, (found.wanted, found.chosen, found.ids, found.values))))]
-
-
-def _to_host(x: Tensor) -> Tensor:
-    return torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
+    return [(sequences, Logprobs(*map(to_host, (found.wanted, found.chosen, found.ids, found.values))))]
 
 
 def _to_gpu(batch: Batch) -> Batch:
     def there(x: Tensor) -> Tensor:
-        return x.cuda(non_blocking=True)
+        return to_device(x, "cuda")
 
     return Batch(
         tokens=there(batch.tokens),

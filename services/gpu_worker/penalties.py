@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.messages import Sampling
+from common.pinned import to_device
 from kernels.sample import PROMPT, Penalties
 from services.gpu_worker.planner import Sequence
 
@@ -49,11 +50,11 @@ class Counts:
             slots[row] = self._slot(sequences[row], sequences)
         wanted, device = [s.request.sampling for s in sequences], self._device
         return Penalties(
-            presence=torch.tensor([s.presence_penalty for s in wanted], device=device),
-            frequency=torch.tensor([s.frequency_penalty for s in wanted], device=device),
-            repetition=torch.tensor([s.repetition_penalty for s in wanted], device=device),
+            presence=to_device(torch.tensor([s.presence_penalty for s in wanted]), device),
+            frequency=to_device(torch.tensor([s.frequency_penalty for s in wanted]), device),
+            repetition=to_device(torch.tensor([s.repetition_penalty for s in wanted]), device),
             counts=self._table(),
-            slot=slots.to(device),
+            slot=to_device(slots, device),
         )
 
     def forget(self, sequence: Sequence) -> None:
@@ -67,7 +68,7 @@ class Counts:
                 self.forget(next(s for s in self._slots if s not in beside and not s.pages))  # it was preempted
             slot = self._slots[sequence] = Slot(self._free.pop(), counted=-1)
         if slot.counted != len(sequence.tokens):
-            self._table()[slot.row] = self._count(sequence).to(self._device)
+            self._table()[slot.row] = to_device(self._count(sequence), self._device)
         slot.counted = len(sequence.tokens) + 1
         return slot.row
 
@@ -101,7 +102,8 @@ class Biases:
         if not biased:
             return logits
         tokens, values = zip(*(self._of(sequences[row]) for row in biased), strict=True)
-        rows = torch.tensor(biased).repeat_interleave(torch.tensor([len(part) for part in tokens])).to(self._device)
+        rows = torch.tensor(biased).repeat_interleave(torch.tensor([len(part) for part in tokens]))
+        rows = to_device(rows, self._device)
         return logits.float().index_put((rows, torch.cat(tokens)), torch.cat(values), accumulate=True)
 
     def forget(self, sequence: Sequence) -> None:
@@ -111,6 +113,6 @@ class Biases:
         if sequence not in self._made:
             tokens, values = zip(*sequence.request.sampling.logit_bias, strict=True)
             self._made[sequence] = (
-                torch.tensor(tokens, device=self._device), torch.tensor(values, device=self._device),
+                to_device(torch.tensor(tokens), self._device), to_device(torch.tensor(values), self._device),
             )  # fmt: skip
         return self._made[sequence]

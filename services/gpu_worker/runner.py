@@ -69,7 +69,8 @@ class CpuRunner:
                 out = torch.empty(len(logits), dtype=torch.int64)
                 logs = self._sampler.sample(plan.sampled, logits, out, mask)
                 sampled = Sampled.of(plan.sampled, out.tolist(), logs)
-                return Computed(sampled, score_prompts(model, plan, hidden), time.perf_counter() - started)
+                scored = [scoring.read() for scoring in score_prompts(model, plan, hidden)]
+                return Computed(sampled, scored, time.perf_counter() - started)
             except PeerLost as lost:
                 self._log.warning("a shard was lost in mid step", shard=lost.shard_id)
 

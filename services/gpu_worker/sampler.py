@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.messages import TokenLogprobs
 from common.model_config import ModelConfig
+from common.pinned import to_device
 from kernels.sample import Logprobs, Penalties, SampleParams, logprobs, sample
 from services.gpu_worker.grammar import Masks
 from services.gpu_worker.penalties import Biases, Counts, penalised
@@ -86,7 +87,7 @@ class Sampler:
             self.launch(logits, params, out, banned, logs=logs)
             return logs
         biased, penalties = self._biases.add(logits, sequences), self._counts.penalties(sequences)
-        bits = mask.result().to(device) if mask else None
+        bits = to_device(mask.result(), device) if mask else None
         own = logs if biased is logits else None
         self.launch(biased, params, out, banned, penalties=penalties, mask=bits, logs=own)
         if logs is not None and own is None:  # of the model's own distribution
@@ -115,7 +116,7 @@ class Sampler:
         if not pairs:
             return None
         rows, tokens = zip(*pairs, strict=True)
-        return torch.tensor(rows, device=self._device), torch.tensor(tokens, device=self._device)
+        return to_device(torch.tensor(rows), self._device), to_device(torch.tensor(tokens), self._device)
 
 
 def sample_params(sequences: tuple[Sequence, ...], device: str) -> SampleParams | None:
@@ -123,12 +124,12 @@ def sample_params(sequences: tuple[Sequence, ...], device: str) -> SampleParams 
     if all(sampling.temperature == 0 for sampling in wanted):
         return None
     return SampleParams(
-        temperature=torch.tensor([s.temperature for s in wanted], device=device),
-        top_k=torch.tensor([s.top_k for s in wanted], device=device),
-        top_p=torch.tensor([s.top_p for s in wanted], device=device),
-        min_p=torch.tensor([s.min_p for s in wanted], device=device),
-        seed=torch.tensor([int64(s.seed) for s in wanted], device=device),
-        position=torch.tensor([len(s.tokens) for s in sequences], device=device),
+        temperature=to_device(torch.tensor([s.temperature for s in wanted]), device),
+        top_k=to_device(torch.tensor([s.top_k for s in wanted]), device),
+        top_p=to_device(torch.tensor([s.top_p for s in wanted]), device),
+        min_p=to_device(torch.tensor([s.min_p for s in wanted]), device),
+        seed=to_device(torch.tensor([int64(s.seed) for s in wanted]), device),
+        position=to_device(torch.tensor([len(s.tokens) for s in sequences]), device),
     )
 
 
@@ -138,7 +139,7 @@ def _wanted(sequences: tuple[Sequence, ...], device: str) -> Logprobs | None:
         return None
     rows, most = len(counts), max(count or 0 for count in counts)
     return Logprobs(
-        torch.tensor([-1 if count is None else count for count in counts], device=device),
+        to_device(torch.tensor([-1 if count is None else count for count in counts]), device),
         torch.empty(rows, device=device),
         torch.empty(rows, most, dtype=torch.int64, device=device),
         torch.empty(rows, most, device=device),

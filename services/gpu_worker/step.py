@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
+import numpy as np
 import torch
 
 from common.pages import PAGE
@@ -10,31 +13,32 @@ from services.gpu_worker.planner import Plan
 
 
 def build_batch(plan: Plan) -> Batch:
-    tokens: list[int] = []
-    positions: list[int] = []
-    write: list[int] = []
-    logit_rows: list[int] = []
-    prefill: list[Chunk] = []
-    for chunk in plan.chunks:
-        sequence, first = chunk.sequence, len(tokens)
-        tokens += sequence.tokens[chunk.start : chunk.end]
-        positions += range(chunk.start, chunk.end)
-        write += [sequence.pages[at // PAGE] * PAGE + at % PAGE for at in range(chunk.start, chunk.end)]
-        if chunk.rows > 1:
-            pages = torch.tensor(sequence.pages[: -(-chunk.end // PAGE)])
-            prefill.append(Chunk(first, chunk.rows, chunk.end, pages))
-        if chunk.sampled:
-            logit_rows.append(len(tokens) - 1)
+    """A prefill has thousands of rows: all of them at once, by numpy."""
+    chunks = plan.chunks
+    tokens = list(chain.from_iterable(c.sequence.tokens[c.start : c.end] for c in chunks))
+    tables = [c.sequence.pages[: -(-c.end // PAGE)] for c in chunks]
+    pages = np.array(list(chain.from_iterable(tables)), np.int64)
+    rows, starts, widths = (
+        np.array(column, np.int64)
+        for column in ([c.rows for c in chunks], [c.start for c in chunks], [len(table) for table in tables])
+    )
+    firsts = rows.cumsum() - rows  # a chunk's first row in the batch
+    positions = np.arange(len(tokens)) + np.repeat(starts - firsts, rows)
+    page = pages[np.repeat(widths.cumsum() - widths, rows) + positions // PAGE]
     contexts = [chunk.end for chunk in plan.decodes]
     widest = -(-max(contexts, default=0) // PAGE)
-    table = [(c.sequence.pages + [0] * widest)[:widest] for c in plan.decodes]
+    padded = [(c.sequence.pages + [0] * widest)[:widest] for c in plan.decodes]
     return Batch(
-        tokens=torch.tensor(tokens),
-        positions=torch.tensor(positions),
-        write=torch.tensor(write),
+        tokens=torch.from_numpy(np.array(tokens, np.int64)),
+        positions=torch.from_numpy(positions),
+        write=torch.from_numpy(page * PAGE + positions % PAGE),
         n_decode=len(plan.decodes),
-        block_table=torch.tensor(table, dtype=torch.int64).view(len(contexts), widest),
+        block_table=torch.tensor(padded, dtype=torch.int64).view(len(contexts), widest),
         context=torch.tensor(contexts, dtype=torch.int64),
-        prefill=tuple(prefill),
-        logit_rows=torch.tensor(logit_rows, dtype=torch.int64),
+        prefill=tuple(
+            Chunk(first, chunk.rows, chunk.end, torch.tensor(table))
+            for first, chunk, table in zip(firsts.tolist(), chunks, tables, strict=True)
+            if chunk.rows > 1
+        ),
+        logit_rows=torch.from_numpy((firsts + rows - 1)[np.array([c.sampled for c in chunks], bool)]),
     )

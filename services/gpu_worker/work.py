@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from common.model_config import ModelConfig
+from common.pinned import to_device
 from kernels.experts import ExpertWork, slot_table
 from kernels.linear import LinearScratch
 from kernels.mla_prefill import PrefillScratch
@@ -33,7 +34,7 @@ class MlpWork:
 
         work = ExpertWork.empty(rows, 1, 1, hidden, inter, fp8, "cuda", dtype)
         ids = torch.zeros(rows, 1, dtype=torch.int32, device="cuda")
-        plan_experts(ids, slot_table({0: 0}, 1).cuda(), 1, work.plan)
+        plan_experts(ids, to_device(slot_table({0: 0}, 1), "cuda"), 1, work.plan)
         return MlpWork(work, torch.ones(rows, 1, device="cuda"))
 
 
