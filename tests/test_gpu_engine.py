@@ -232,6 +232,7 @@ def test_a_row_does_not_depend_on_overlap_or_neighbours_sampling(sampling: dict[
     ],
     ids=["greedy", "random", "logprobs", "scores", "penalties", "bias"],
 )
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_launch_waits_for_the_gpu(sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of prefill, of both and of decodes are launched while the GPU sleeps, and it still does afterwards: that
     shows what torch's own mode does not, such as copies from memory that is not pinned."""

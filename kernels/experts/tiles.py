@@ -41,11 +41,7 @@ def tile_for(
     measured: Tile | None = None
     if fp8 or dtype.itemsize == 2:
         measured = measured_tile(__file__, shape_name(topk, held, hidden, inter, fp8), tokens)
-    tile = measured or tile_rule(tokens, topk, held, hidden, inter, fp8, dtype)
-    if shared and not fp8 and tokens > tile["rows"] == 16:
-        # A shared expert has all tokens. Wider blocks halve its tiles, which in bf16 are a tenth of all at 64 tokens.
-        tile = {**tile, "rows": 32}
-    return tile
+    return measured or tile_rule(tokens, topk, held, hidden, inter, fp8, dtype)
 
 
 def takes_one_launch(tokens: int, topk: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype) -> bool:

@@ -45,7 +45,8 @@ def quantise_rows(x: Tensor, out: Fp8Rows) -> None:
     Reference: the 1x128 activation tiles of DeepSeek-V3's report, section 3.3.2.
     """
     groups = x.float().unflatten(-1, (-1, GROUP))
-    scale = _scale(groups.abs().amax(-1), out.data.dtype)
+    # A group of zeros has any scale; this one keeps the division finite.
+    scale = groups.abs().amax(-1).clamp_min(1e-10) / torch.finfo(out.data.dtype).max
     out.scale.copy_(scale)
     out.data.copy_((groups / scale.unsqueeze(-1)).flatten(-2))
 
@@ -55,7 +56,9 @@ def quantise_blocks(w: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Fp8B
     rows, columns = w.shape[-2:]
     padded = F.pad(w.float(), (0, -columns % GROUP, 0, -rows % GROUP))
     blocks = padded.unflatten(-1, (-1, GROUP)).unflatten(-3, (-1, GROUP))  # [..., R, GROUP, C, GROUP]
-    scale = _scale(blocks.abs().amax((-3, -1)), dtype)  # [..., R, C]
+    # A tensor's division, since CUDA multiplies by the reciprocal of a number: a checkpoint has the same codes anywhere.
+    largest = blocks.abs().amax((-3, -1)).clamp_min(1e-10)
+    scale = largest / torch.full_like(largest, torch.finfo(dtype).max)  # [..., R, C]
     data = torch.empty_like(w, dtype=dtype)
     data.copy_((padded / _spread(scale))[..., :rows, :columns])
     order = torch.empty_like(w[..., :1, :1].expand_as(scale), dtype=torch.float32)
@@ -68,12 +71,6 @@ def dequantise(w: Fp8Blocks | Fp8Rows) -> Tensor:
         return (w.data.float().unflatten(-1, (-1, GROUP)) * w.scale.unsqueeze(-1)).flatten(-2)
     rows, columns = w.data.shape[-2:]
     return w.data.float() * _spread(w.scale)[..., :rows, :columns]
-
-
-def _scale(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    # A group of zeros has any scale; this one keeps the division finite. By a tensor, since CUDA multiplies by the
-    # reciprocal of a number, and a checkpoint's codes would depend on the device.
-    return largest.clamp_min(1e-10) / torch.full_like(largest, torch.finfo(dtype).max)
 
 
 def _spread(scale: Tensor) -> Tensor:
