@@ -56,7 +56,7 @@ def quantise_blocks(w: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Fp8B
     rows, columns = w.shape[-2:]
     padded = F.pad(w.float(), (0, -columns % GROUP, 0, -rows % GROUP))
     blocks = padded.unflatten(-1, (-1, GROUP)).unflatten(-3, (-1, GROUP))  # [..., R, GROUP, C, GROUP]
-    # A tensor's division, since CUDA multiplies by the reciprocal of a number: a checkpoint has the same codes anywhere.
+    # A tensor's division: CUDA multiplies by the reciprocal of a number, and a checkpoint's codes shall be the same.
     largest = blocks.abs().amax((-3, -1)).clamp_min(1e-10)
     scale = largest / torch.full_like(largest, torch.finfo(dtype).max)  # [..., R, C]
     data = torch.empty_like(w, dtype=dtype)
