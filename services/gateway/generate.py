@@ -53,7 +53,7 @@ class Generator:
         for name in names:
             if name not in self._warned and len(self._warned) < REMEMBERED_FIELDS:
                 self._warned.add(name)
-                self._log.warning("an unknown field of a request is ignored", field=name[:100])
+                self._log.warning("an unknown field of a request is ignored", field=name)
 
     async def read_body(self, scope: Scope, receive: Receive, kind: type[AnyStruct]) -> AnyStruct:
         """Raises InvalidRequest, BodyTooLarge or RequestCancelled; fields that are unknown are warned about once."""
