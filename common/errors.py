@@ -7,6 +7,7 @@ MoeculeError
 │   ├── ModelNotFound         404
 │   ├── NotFound              404
 │   ├── MethodNotAllowed      405
+│   ├── BodyTimeout           408
 │   └── BodyTooLarge          413
 ├── RequestCancelled          499
 ├── Overloaded                429
@@ -64,6 +65,10 @@ class NotFound(InvalidRequest):
 
 class MethodNotAllowed(InvalidRequest):
     status, code = 405, "method_not_allowed"
+
+
+class BodyTimeout(InvalidRequest):
+    status, code, retry_after = 408, "body_timeout", 1
 
 
 class BodyTooLarge(InvalidRequest):

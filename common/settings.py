@@ -82,6 +82,9 @@ class Settings:
         "", "web origins whose pages may call the gateway; *: all", pattern=ORIGINS_PATTERN, says=ORIGINS_WORDS
     )
     body_limit: int = setting(4 << 20, "largest HTTP body", low=1024, unit="bytes")
+    receive_seconds: float = setting(
+        60.0, "how long a request's headers may take to arrive, and then its body", low=0.1, unit="s"
+    )
     drain_seconds: float = setting(4.0, "how long a leaving actor finishes what is in flight", low=0, unit="s")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line shown")
     log_json: bool = setting(False, "log lines as JSON objects")

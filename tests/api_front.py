@@ -13,6 +13,7 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from common.actor import Running, running
+from common.clock import Clock
 from common.memory_bus import MemoryBroker, MemoryBus
 from common.messages import Generate, StepTokens, TokenChunk, TokenLogprobs, subject
 from common.settings import Settings
@@ -75,7 +76,9 @@ class Front:
         return error
 
 
-async def make_front(settings: Settings, worker_kind: Callable[..., StubWorker] = StubWorker) -> AsyncIterator[Front]:
+async def make_front(
+    settings: Settings, worker_kind: Callable[..., StubWorker] = StubWorker, clock: Clock | None = None
+) -> AsyncIterator[Front]:
     broker = MemoryBroker()
     buses = [MemoryBus(broker) for _ in range(3)]
     for bus in buses:
@@ -92,7 +95,7 @@ async def make_front(settings: Settings, worker_kind: Callable[..., StubWorker] 
             await asyncio.sleep(0.1)
 
     beating = asyncio.create_task(beats())
-    gateway = Gateway(buses[2], settings, actor_id="gateway-1")
+    gateway = Gateway(buses[2], settings, clock=clock, actor_id="gateway-1")
     async with running(gateway) as life:
         url = f"http://127.0.0.1:{gateway.port}"
         async with (

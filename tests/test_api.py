@@ -319,6 +319,11 @@ async def test_a_wrong_completion_body_is_refused(front: Front, body: dict, says
     assert says in (await front.refused(400, "/v1/completions", **body))["message"]
 
 
+@pytest.mark.parametrize(("prompts", "n", "param"), [(129, 1, "prompt"), (129, 2, "prompt"), (65, 2, "n")])
+async def test_too_many_choices_name_the_field(front: Front, prompts: int, n: int, param: str) -> None:
+    assert (await front.refused(400, "/v1/completions", prompt=["x"] * prompts, n=n))["param"] == param
+
+
 async def test_values_that_ask_for_nothing_are_taken(front: Front) -> None:
     await front.chat(
         frequency_penalty=0, presence_penalty=0.0, logit_bias={}, response_format={"type": "text"}, tools=[],

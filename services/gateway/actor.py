@@ -43,7 +43,8 @@ class Gateway(Actor):
         self.peers = Peers(self.bus, self.clock)
         self.streams = Streams(self.bus, self.id, self.peers, metrics, self.clock, self._spawn_unless_leaving, self.log)
         preparer = Preparer(settings, config, tokenizer, self.peers.most_cached_tokens)
-        self.generator = Generator(preparer, self.streams, metrics, self.clock, self.log, settings.body_limit)
+        limits = settings.body_limit, settings.receive_seconds
+        self.generator = Generator(preparer, self.streams, metrics, self.clock, self.log, *limits)
         app = App(
             self.generator,
             metrics,
@@ -53,7 +54,8 @@ class Gateway(Actor):
             int(time.time()),
             self.log,
         )
-        self.server = HttpServer(Cors(app, origins_of(settings.cors_origins)), settings.host, settings.port)
+        whole = Cors(app, origins_of(settings.cors_origins))
+        self.server = HttpServer(whole, settings.host, settings.port, self.clock, settings.receive_seconds)
         self._subscriptions = [
             await self.bus.subscribe("moecule.v1.*.*.beat", self._on_beat),
             await self.streams.start(),

@@ -11,8 +11,8 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from common.actor import first_leaf
-from common.clock import Clock
-from common.errors import BodyTooLarge, InvalidRequest, MoeculeError, RequestCancelled
+from common.clock import Clock, within
+from common.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MoeculeError, RequestCancelled
 from services.gateway.bodies import decode_body
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.output import Delta, Output
@@ -37,10 +37,12 @@ class Generator:
     """Runs the jobs of a request while its client is there."""
 
     def __init__(
-        self, preparer: Preparer, streams: Streams, metrics: GatewayMetrics, clock: Clock, log: Any, body_limit: int
-    ) -> None:
+        self, preparer: Preparer, streams: Streams, metrics: GatewayMetrics, clock: Clock, log: Any,
+        body_limit: int, receive_seconds: float,
+    ) -> None:  # fmt: skip
         self.preparer = preparer
         self.body_limit = body_limit
+        self.receive_seconds = receive_seconds
         self.active = 0  # requests whose answer is not complete
         self.refusal: MoeculeError | None = None  # why nothing new is taken
         self._streams = streams
@@ -53,11 +55,16 @@ class Generator:
         for name in names:
             if name not in self._warned and len(self._warned) < REMEMBERED_FIELDS:
                 self._warned.add(name)
-                self._log.warning("an unknown field of a request is ignored", field=name[:100])
+                self._log.warning("an unknown field of a request is ignored", field=name)
 
     async def read_body(self, scope: Scope, receive: Receive, kind: type[AnyStruct]) -> AnyStruct:
-        """Raises InvalidRequest, BodyTooLarge or RequestCancelled; fields that are unknown are warned about once."""
-        body, unknown = decode_body(await read_all(scope, receive, self.body_limit), kind)
+        """Raises InvalidRequest, BodyTooLarge, BodyTimeout or RequestCancelled; fields that are unknown are warned
+        about once."""
+        try:
+            data = await within(self._clock, self.receive_seconds, read_all(scope, receive, self.body_limit))
+        except TimeoutError:
+            raise BodyTimeout(f"the body did not arrive within {self.receive_seconds:g} s") from None
+        body, unknown = decode_body(data, kind)
         self.warn_unknown(unknown)
         return body
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import msgspec
 
 from common.errors import (
+    BodyTimeout,
     BodyTooLarge,
     BusTimeout,
     ContextLengthExceeded,
@@ -98,7 +99,7 @@ class Operation:
         return [sample for sample in SAMPLES if self.method == "post" and sample.path == self.path]
 
 
-READING = (InvalidRequest, BodyTooLarge)
+READING = (InvalidRequest, BodyTimeout, BodyTooLarge)
 GENERATING = (
     *READING, ContextLengthExceeded, ModelNotFound, Overloaded, NoWorker, ExpertsUnavailable, WorkerLost, Draining,
     NoResponders, BusTimeout,

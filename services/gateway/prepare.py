@@ -253,6 +253,8 @@ class Preparer:
         return max(1, holds - prompt_tokens)
 
     def _check_choices(self, prompts: int, n: int) -> None:
+        if prompts > MAX_CHOICES:
+            raise InvalidRequest(f"{prompts} prompts are over the limit of {MAX_CHOICES} a request", "prompt")
         if prompts * n > MAX_CHOICES:
             raise InvalidRequest(f"{prompts} prompts times n = {n} is over the limit of {MAX_CHOICES} choices", "n")
 

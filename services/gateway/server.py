@@ -10,15 +10,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from common.clock import Clock
 from common.errors import ConfigError
 
 KEEP_ALIVE_SECONDS = 75  # above what clients' pools keep a connection for, so that they close first
+TICKS_A_SECOND = 10  # uvicorn's
 
 
 class HttpServer(uvicorn.Server):
-    def __init__(self, app: Any, host: str, port: int) -> None:
-        """Raises ConfigError if the address cannot be taken."""
+    def __init__(self, app: Any, host: str, port: int, clock: Clock, receive_seconds: float) -> None:
+        """`receive_seconds`: the longest wait for a request's headers. Raises ConfigError if the address cannot be
+        taken."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -36,6 +40,9 @@ class HttpServer(uvicorn.Server):
         self._socket = _bound(host, port)
         self.port: int = self._socket.getsockname()[1]
         self._ended = asyncio.Event()
+        self._clock = clock
+        self._receive_seconds = receive_seconds
+        self.owing: dict[tuple[H11Protocol, object], float] = {}  # a connection after a request: since when
 
     async def run_until_finished(self) -> None:
         try:
@@ -51,6 +58,22 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
         await self._ended.wait()
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS_A_SECOND == 0:
+            self._cut_off_the_slow()
+        return await super().on_tick(counter)
+
+    def _cut_off_the_slow(self) -> None:
+        """uvicorn limits only the silence between two requests: not that before the first, nor a header byte now and
+        then, nor a body that goes on after its answer."""
+        now = self._clock.now()
+        connections = [one for one in self.server_state.connections if isinstance(one, H11Protocol)]
+        owing = [(one, one.cycle) for one in connections if _owes_headers(one)]
+        self.owing = {key: self.owing.get(key, now) for key in owing}
+        for (connection, _), since in self.owing.items():
+            if now - since >= self._receive_seconds:
+                connection.transport.abort()
+
     def _cancel_requests(self) -> None:
         for task in list(self.server_state.tasks):
             task.cancel()
@@ -58,6 +81,12 @@ class HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _owes_headers(connection: H11Protocol) -> bool:
+    """No request is being answered, and it is not the silence between two that uvicorn's timer ends."""
+    answering = connection.cycle is not None and not connection.cycle.response_complete
+    return not answering and connection.timeout_keep_alive_task is None and not connection.transport.is_closing()
 
 
 def _bound(host: str, port: int) -> socket.socket:
