@@ -11,6 +11,18 @@ from typing import Any
 
 import triton
 
+# Rows of prefills of which each kind that the tiles of V2-Lite and R1 tell apart has one (tests/test_prefill_sizes.py),
+# among them multiples of 16 and others.
+_SIZES = (
+    5000, 3000, 2048, 1000, 838, 768, 586, 512, 278, 256, 250, 160, 145, 128, 100, 64, 40, 33, 32, 25, 24, 18, 17, 16,
+    10, 8, 3, 2,
+)  # fmt: skip
+
+
+def prefill_sizes(most: int) -> list[int]:
+    """Which to rehearse, so that none of up to `most` rows compiles while it serves."""
+    return [*(rows for rows in _SIZES if rows < most), most]
+
 
 @contextmanager
 def compiling_ahead(ignore_errors: bool = False) -> Iterator[None]:

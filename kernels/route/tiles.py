@@ -32,6 +32,8 @@ def tile_rule(tokens: int, hidden: int, experts: int, wide: bool) -> dict[str, i
         bm, bn = 128, min(128, max(64, next_power_of_2(experts)))
         bk, stages = 32 if wide else 64, 4 if hopper else 2
     programs = max(1, current().processors // (cdiv(experts, bn) * cdiv(tokens, bm)))
+    if tokens > FEW:  # a kernel each: prefills of any length make do with a few
+        programs = 1 << (programs.bit_length() - 1)
     steps = cdiv(cdiv(hidden, bk), programs)
     warps = 8 if wide or bm * bn > 8192 else 4
     return {"BM": bm, "BN": bn, "BK": bk, "steps": steps, "warps": warps, "stages": stages, "choose_warps": 1}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.device import capturing
-from kernels.ahead import compiling_ahead
+from kernels.ahead import compiling_ahead, prefill_sizes
 from kernels.link import Peers, SlabLayout
 from kernels.link.ipc import HostWords
 from services.expert_shard.passes import SLICE_ROWS, Passes
@@ -106,8 +106,3 @@ class GpuLaunches:
         self._graphs = {}
         self._abort.close()
         self._free()
-
-
-def prefill_sizes(most: int) -> list[int]:
-    """Numbers of rows of which each kind of kernel is used by one."""
-    return [*(1 << n for n in range(1, most.bit_length()) if 1 << n < most), most]

@@ -10,7 +10,7 @@ from structlog.typing import FilteringBoundLogger
 
 from common.model_config import ModelConfig
 from common.pages import PAGE
-from kernels.ahead import compiling_ahead
+from kernels.ahead import compiling_ahead, prefill_sizes
 from services.gpu_worker.batch import Batch, Chunk
 from services.gpu_worker.engine import Engine, StepOutput
 from services.gpu_worker.graphs import GpuRunner, StepLinks, buckets
@@ -21,8 +21,6 @@ from services.gpu_worker.planner import Planner
 from services.gpu_worker.sampler import Sampler
 from services.gpu_worker.weights import Weights
 
-# Rows of prefills that are run once before anybody asks: other tiles, or sizes that are and are not multiples of 16.
-REHEARSED = (2048, 1000, 512, 250, 128, 100, 64, 40, 24, 10, 3)
 GRAPHS = 256 << 20  # bytes that a captured bucket's scratch may take, beside what the largest one shares with it
 
 
@@ -60,7 +58,7 @@ def make_engine(
         model, cache, sampler, max_batch=max_batch, max_context=max_context, fp8_cache=fp8_cache, links=links
     )
     runner.capture()
-    for rows in rehearsed(chunk_tokens):
+    for rows in prefill_sizes(chunk_tokens):
         rehearse_prefill(model, rows, rows, fp8_cache)
     log.info("decode graphs", buckets=sorted(runner.graphs))
     planner = Planner(
@@ -68,10 +66,6 @@ def make_engine(
         prefix_cache=prefix_cache,
     )  # fmt: skip
     return Engine(config, runner, planner, sampler, emit, log)
-
-
-def rehearsed(chunk_tokens: int) -> list[int]:
-    return [rows for rows in REHEARSED if rows < chunk_tokens]
 
 
 def compile_kernels(
@@ -86,7 +80,7 @@ def compile_kernels(
     with compiling_ahead():
         runner.compile()
         rehearse_prefill(model, chunk_tokens, max_context, fp8_cache)
-        for rows in rehearsed(chunk_tokens):
+        for rows in prefill_sizes(chunk_tokens):
             rehearse_prefill(model, rows, rows, fp8_cache)
 
 

@@ -280,11 +280,11 @@ class Model:
         )
 
     def abridged(self) -> Model:
-        """What launches every kernel that this one does, with a dense layer and two sparse ones: a link's rows lie in
-        two places by turns."""
+        """What launches every kernel that this one does, with a dense layer and a sparse one; or two, where a link's
+        rows lie in two places by turns."""
         layers = self.weights.layers
         dense = [layer for layer in layers if layer.w_gate is None][:1]
-        sparse = [layer for layer in layers if layer.w_gate is not None][:2]
+        sparse = [layer for layer in layers if layer.w_gate is not None][: 2 if self.device_link else 1]
         few = copy(self)
         few.weights = replace(self.weights, layers=(*dense, *sparse))
         return few
