@@ -232,7 +232,7 @@ async def running(actor: Actor, *, wait_ready: bool = True) -> AsyncIterator[Run
 # ---- an actor's process
 
 
-def run_process(load: Callable[[], Callable[[Bus, Settings], Actor]]) -> NoReturn:
+def run_process(kind: str, load: Callable[[], Callable[[Bus, Settings], Actor]]) -> NoReturn:
     """The body of services/<actor>/__main__.py. A configuration error ends it with one sentence and exit code 78.
 
     `load` imports the actor and returns what makes it: whoever asks for --help does not wait for torch.
@@ -242,7 +242,7 @@ def run_process(load: Callable[[], Callable[[Bus, Settings], Actor]]) -> NoRetur
     try:
         settings = read_settings(sys.argv[1:])
         setup_logs(settings)
-        uvloop.run(_live(load(), settings))
+        uvloop.run(_live(kind, load(), settings))
     except ConfigError as error:
         leave(EXIT_CONFIG, f"moecule: {error.message}")
     except BusUnavailable as error:
@@ -259,14 +259,14 @@ def leave(code: int, sentence: str = "") -> NoReturn:
     os._exit(code)
 
 
-async def _live(make: Callable[[Bus, Settings], Actor], settings: Settings) -> None:
-    from common.nats_bus import NatsBus
+async def _live(kind: str, make: Callable[[Bus, Settings], Actor], settings: Settings) -> None:
+    from common.nats_bus import Login, NatsBus
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop, number)
     name = os.environ.get("HONCHO_PROCESS_NAME", f"moecule-{os.getpid()}")
-    bus = NatsBus(settings.nats_url, name)
+    bus = NatsBus(settings.nats_url, name, Login.of(settings, kind))
     try:
         if await unless(stop, bus.connect()):
             actor = make(bus, settings)

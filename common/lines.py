@@ -74,6 +74,7 @@ class NatsLine:
 
     def __init__(self) -> None:
         self._address = ("", 0)
+        self._conf = NATS_CONF
         self._local = True
         self._store: str | None = None
         self._came_up = False
@@ -84,6 +85,9 @@ class NatsLine:
         check_device(settings)
         check_model(settings)
         self._patience = settings.drain_seconds + LAST_WORDS_SECONDS
+        self._conf = Path(settings.nats_conf) if settings.nats_conf else NATS_CONF
+        if not self._conf.is_file():
+            raise ConfigError(f"there is no file {settings.nats_conf!r} (MOECULE_NATS_CONF)")
         self._address = nats_address(settings)
         self._local = check_nats_port(settings)
 
@@ -95,7 +99,7 @@ class NatsLine:
         binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
         self.close()
         self._store = tempfile.mkdtemp(prefix="moecule-nats-")
-        return [binary, "-c", str(NATS_CONF), "-a", host, "-p", str(port), "-sd", self._store]
+        return [binary, "-c", str(self._conf), "-a", host, "-p", str(port), "-sd", self._store]
 
     def tick(self) -> None:
         # The server wants a folder to start with, and never writes to it: so nothing is left behind by kill -9.

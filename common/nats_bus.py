@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -23,6 +26,7 @@ from common.bus import Conflict, Handler
 from common.errors import BodyTooLarge, BusTimeout, BusUnavailable, ConfigError, NoResponders
 from common.messages import Message
 from common.pump import HEADROOM, Pump, encode_within, read_reply
+from common.settings import Settings
 
 CONNECT_SECONDS = 10.0
 RECONNECT_WAIT_SECONDS = 0.1
@@ -96,10 +100,50 @@ class NatsSubscription:
         self._pump.cancel()
 
 
+@dataclass(frozen=True)
+class Login:
+    """How a server knows this client, and this client the server. Who has a `user` gets replies below that name, so
+    that others can be kept from reading them."""
+
+    user: str = ""
+    password: str = ""
+    ca: str = ""  # PEM file; empty: whom the system trusts
+
+    @classmethod
+    def of(cls, settings: Settings, kind: str) -> Login:
+        """Raises ConfigError."""
+        if not settings.nats_passwords:
+            return cls(ca=settings.nats_ca)
+        path = Path(settings.nats_passwords) / kind
+        try:
+            password = path.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", "") or "it is not text"
+            raise ConfigError(f"{path} (MOECULE_NATS_PASSWORDS) cannot be read: {why}") from None
+        if not password:
+            raise ConfigError(f"{path} (MOECULE_NATS_PASSWORDS) is empty: it holds the password of NATS's user {kind}")
+        return cls(kind, password, settings.nats_ca)
+
+    def options(self, url: str) -> dict[str, Any]:
+        """Of nats-py's connect. Raises ConfigError."""
+        found: dict[str, Any] = {}
+        if self.user:
+            found |= {"user": self.user, "password": self.password, "inbox_prefix": f"_INBOX.{self.user}"}
+        if self.ca or url.startswith("tls:"):
+            try:
+                found["tls"] = ssl.create_default_context(cafile=self.ca or None)
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.ca} (MOECULE_NATS_CA) holds no certificate that can be read: {error}"
+                ) from None
+        return found
+
+
 class NatsBus:
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, login: Login | None = None) -> None:
         self._url = url
         self._name = name
+        self._login = login or Login()
         self._client = OrderedClient()
         self._since: float | None = None  # the connection stands, and the server answers
         self._pulse_at = 0.0  # when the server answered last
@@ -135,12 +179,14 @@ class NatsBus:
         self._callbacks.append(callback)
 
     async def connect(self) -> None:
+        options = self._login.options(self._url)
         self._begun = True
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._client.connect(
                     [self._url],
                     name=self._name,
+                    **options,
                     error_cb=self._on_error,
                     disconnected_cb=self._on_disconnect,
                     reconnected_cb=self._on_reconnected,

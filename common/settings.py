@@ -52,7 +52,12 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; auto: on a GPU if there is one")
     host: str = setting("127.0.0.1", "address the gateway listens on")
     port: int = setting(8000, "port the gateway listens on", low=1, high=65535)
-    nats_url: str = setting("nats://127.0.0.1:4222", "the NATS server")
+    nats_url: str = setting("nats://127.0.0.1:4222", "the NATS server; tls://HOST:PORT for one with TLS")
+    nats_passwords: str = setting(
+        "", "folder with a file named after each kind of actor: the password of the NATS user of that name"
+    )
+    nats_ca: str = setting("", "PEM file of who signed the NATS server's certificate; empty: whom the system trusts")
+    nats_conf: str = setting("", "what NATS's line of the Procfile starts it with; empty: nats.conf")
     id: str = setting(
         "", "this actor's id; empty: made from its place in the Procfile", pattern=ID_PATTERN, says=ID_WORDS
     )

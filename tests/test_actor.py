@@ -258,7 +258,7 @@ class Toy(Actor):
         print("drained", flush=True)
     def beat(self): return GatewayBeat(id=self.id, boot_id=self.boot_id, state=self.state)
 
-run_process(lambda: Toy)
+run_process("toy", lambda: Toy)
 """
 
 

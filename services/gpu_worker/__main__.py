@@ -23,4 +23,4 @@ def load() -> Callable[[Bus, Settings], Actor]:
 
 
 if __name__ == "__main__":
-    run_process(load)
+    run_process("worker", load)

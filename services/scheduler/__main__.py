@@ -10,4 +10,4 @@ def load() -> type[Actor]:
 
 
 if __name__ == "__main__":
-    run_process(load)
+    run_process("scheduler", load)

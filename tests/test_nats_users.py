@@ -1,0 +1,187 @@
+"""docs/nats-users.conf: a whole cluster over TLS, each kind of actor as a user of its own, and what such a user may not
+say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import ssl
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nats
+import pytest
+import trustme
+
+from benchmarks.cluster import Cluster, cluster, free_ports
+from common.errors import BusUnavailable, ConfigError
+from common.nats_bus import Login, NatsBus
+from common.settings import Settings
+
+CONF = Path(__file__).parent.parent / "docs" / "nats-users.conf"
+KINDS = ("gateway", "scheduler", "worker", "shard", "service")
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's commands make."""
+    folder = tmp_path_factory.mktemp("secrets")
+    authority = trustme.CA()
+    server = authority.issue_cert("127.0.0.1", "localhost")
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    server.private_key_pem.write_to_path(str(folder / "key.pem"))
+    (folder / "cert.pem").write_bytes(b"".join(blob.bytes() for blob in server.cert_chain_pems))
+    passwords = {f"{kind}_password": f"password of the {kind}" for kind in KINDS}
+    for name, password in passwords.items():
+        (folder / name.removesuffix("_password")).write_text(f"{password}\n")
+    own = {"host": "127.0.0.1", "tls_cert": str(folder / "cert.pem"), "tls_key": str(folder / "key.pem")}
+    (folder / "secrets.conf").write_text("".join(f'{name}: "{value}"\n' for name, value in (own | passwords).items()))
+    shutil.copy(CONF, folder)
+    return folder
+
+
+@pytest.fixture
+def url(secrets: Path, tmp_path: Path) -> Iterator[str]:
+    """A server with that configuration."""
+    (port,) = free_ports(1)
+    binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
+    conf = str(secrets / CONF.name)
+    command = [binary, "-c", conf, "-a", "127.0.0.1", "-p", str(port), "-sd", str(tmp_path)]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    said = []
+    for line in server.stderr:
+        said.append(line)
+        if "Server is ready" in line:
+            break
+    else:
+        pytest.fail("".join(said))
+    yield f"tls://127.0.0.1:{port}"
+    server.kill()
+    server.wait()
+    server.stderr.close()
+
+
+class Known:
+    """A user's plain connection, and what the server said against it."""
+
+    def __init__(self, secrets: Path, url: str, user: str) -> None:
+        self.refused: list[str] = []
+        self._options: dict[str, Any] = {
+            "user": user,
+            "password": (secrets / user).read_text().strip(),
+            "tls": ssl.create_default_context(cafile=str(secrets / "ca.pem")),
+            "inbox_prefix": f"_INBOX.{user}",
+            "error_cb": self._on_error,
+        }
+        self._url = url
+
+    async def __aenter__(self) -> Known:
+        self.client = await nats.connect(self._url, **self._options)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.client.close()
+
+    async def _on_error(self, error: Exception) -> None:
+        self.refused.append(str(error))
+
+    async def flush(self) -> None:
+        await self.client.flush()
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(
+    ("user", "subject", "heard_by"),
+    [
+        ("gateway", "moecule.v1.shard.s.load", "shard"),
+        ("gateway", "moecule.v1.worker.w.allpages", "worker"),
+        ("gateway", "moecule.v1.worker.w.pages", "scheduler"),
+        ("gateway", "moecule.v1.worker.w.beat", "scheduler"),
+        ("gateway", "moecule.v1.gateway.g.tokens", "gateway"),
+        ("shard", "moecule.v1.worker.w.admit", "worker"),
+        ("worker", "moecule.v1.shard.s.load", "shard"),
+        ("service", "moecule.v1.worker.w.admit", "worker"),
+        ("service", "moecule.v1.assign", "scheduler"),
+    ],
+)
+async def test_nobody_says_what_is_not_theirs_to_say(
+    secrets: Path, url: str, user: str, subject: str, heard_by: str
+) -> None:
+    async with Known(secrets, url, user) as sender, Known(secrets, url, heard_by) as receiver:
+        heard = await receiver.client.subscribe(subject)
+        await receiver.flush()
+        await sender.client.publish(subject, b"x")
+        await sender.flush()
+        await receiver.flush()
+        assert not receiver.refused
+        assert heard.pending_msgs == 0
+        assert any("permissions violation" in text.lower() for text in sender.refused), sender.refused
+
+
+async def test_nobody_hears_another_users_answers(secrets: Path, url: str) -> None:
+    async with Known(secrets, url, "service") as service:
+        await service.client.subscribe("_INBOX.gateway.>")
+        await service.flush()
+        assert any("permissions violation" in text.lower() for text in service.refused)
+
+
+async def test_a_wrong_password_ends_the_start_with_a_sentence(secrets: Path, url: str) -> None:
+    login = Login("gateway", "guessed", str(secrets / "ca.pem"))
+    bus = NatsBus(url, "test", login)
+    with pytest.raises((ConfigError, BusUnavailable), match=r"(?i)authorization"):
+        await bus.connect()
+    await bus.close()
+
+
+async def test_a_server_whom_nobody_vouches_for_is_not_talked_to(secrets: Path, url: str) -> None:
+    password = (secrets / "gateway").read_text().strip()
+    bus = NatsBus(url, "test", Login("gateway", password))
+    with pytest.raises((ConfigError, BusUnavailable), match=r"(?i)certificate"):
+        await bus.connect()
+    await bus.close()
+
+
+def test_a_missing_or_empty_password_is_told(tmp_path: Path) -> None:
+    settings = Settings(nats_passwords=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"gateway.*cannot be read: No such file"):
+        Login.of(settings, "gateway")
+    (tmp_path / "gateway").write_text("\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        Login.of(settings, "gateway")
+    with pytest.raises(ConfigError, match="MOECULE_NATS_CA"):
+        Login(ca=str(tmp_path / "none.pem")).options("nats://localhost")
+
+
+@pytest.mark.cluster
+def test_a_whole_cluster_of_users_over_tls(secrets: Path) -> None:
+    told = {"nats_passwords": secrets, "nats_ca": secrets / "ca.pem", "nats_conf": secrets / CONF.name}
+    with cluster(device="cpu", **told) as running:
+        body = {"model": "tiny", "prompt": "What is 2 + 2?", "max_tokens": 4, "n": 2}
+        asked = urllib.request.Request(
+            f"{running.url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 8
+        with urllib.request.urlopen(f"{running.url}/metrics", timeout=10) as answer:
+            actors = answer.read().decode()
+        assert all(f'actor="{kind}' in actors for kind in ("gateway", "worker", "shard", "scheduler"))
+        said = running.output()
+    assert "ermissions" not in said and "uthorization" not in said, [
+        line for line in said.splitlines() if "ermission" in line or "uthorization" in line
+    ]
+
+
+def test_a_missing_configuration_of_nats_is_told() -> None:
+    broken = Cluster(nats_conf="/nowhere.conf", device="cpu")
+    try:
+        assert broken.honcho.wait(30) == 78 or "MOECULE_NATS_CONF" in broken.output()
+        assert "there is no file '/nowhere.conf' (MOECULE_NATS_CONF)" in broken.output()
+    finally:
+        broken.kill()
+        broken.remove_log()
