@@ -90,6 +90,9 @@ class Settings:
     receive_seconds: float = setting(
         60.0, "how long a request's headers may take to arrive, and then its body", low=0.1, unit="s"
     )
+    send_seconds: float = setting(
+        30.0, "how long a client may take nothing of its answer before it is cut off", low=0.1, unit="s"
+    )
     drain_seconds: float = setting(4.0, "how long a leaving actor finishes what is in flight", low=0, unit="s")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line shown")
     log_json: bool = setting(False, "log lines as JSON objects")

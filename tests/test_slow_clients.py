@@ -17,6 +17,7 @@ from services.gateway.server import HttpServer
 from tests.api_front import Front, make_front
 
 LIMIT = 60.0
+TAKE_LIMIT = 30.0
 HEADERS_WITHOUT_END = b"GET / HTTP/1.1\r\nhost: x\r\n"
 WHOLE = HEADERS_WITHOUT_END + b"\r\n"
 BODY_TO_COME = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n"
@@ -27,7 +28,7 @@ class Rig:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.server = HttpServer(self, "127.0.0.1", 0, self.clock, LIMIT)
+        self.server = HttpServer(self, "127.0.0.1", 0, self.clock, LIMIT, TAKE_LIMIT)
         self.waits = asyncio.Event()
 
     async def __call__(self, scope: Scope, _: Receive, send: Send) -> None:
@@ -125,6 +126,82 @@ async def test_each_request_of_a_connection_has_the_whole_time(rig: Rig) -> None
     await rig.tick()
     assert rig.connections == 1
     writer.close()
+
+
+# ---- answers that nobody takes
+
+
+class Flood(Rig):
+    """Answers with bytes without end, and counts what it could send."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0
+        self.ended = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(self._until_gone(receive))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not gone.done():
+            await send({"type": "http.response.body", "body": b"x" * 4096, "more_body": True})
+            self.sent += 4096
+            await asyncio.sleep(0)
+        self.ended.set()
+
+    async def _until_gone(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    async def until_stuck(self) -> None:
+        """As far as the kernel's buffers go, which takes a moment."""
+        async with asyncio.timeout(5):
+            before = -1
+            while before != self.sent or not self.server.stuck:
+                before = self.sent
+                await asyncio.sleep(0.05)
+                await self.tick()
+
+
+@pytest.fixture
+async def flood() -> AsyncIterator[Flood]:
+    flood = Flood()
+    serving = asyncio.create_task(flood.server.run_until_finished())
+    yield flood
+    await flood.server.finish()
+    await serving
+
+
+async def test_a_client_that_takes_nothing_is_cut_and_its_request_ends(flood: Flood) -> None:
+    reader, writer = await flood.connect(WHOLE)
+    reader._transport.pause_reading()  # type: ignore[attr-defined]
+    await flood.until_stuck()
+    assert flood.sent < 8 << 20
+    await flood.clock.advance(TAKE_LIMIT - 0.1)
+    await flood.tick()
+    assert flood.connections == 1 and not flood.ended.is_set()
+    await flood.clock.advance(0.1)
+    await flood.tick()
+    async with asyncio.timeout(5):
+        await flood.ended.wait()
+    assert flood.connections == 0
+    writer.close()
+
+
+async def test_one_that_takes_a_little_now_and_then_is_not_cut(flood: Flood) -> None:
+    reader, writer = await flood.connect(WHOLE)
+    transport = reader._transport  # type: ignore[attr-defined]
+    for _ in range(4):
+        transport.pause_reading()
+        await flood.until_stuck()
+        await flood.clock.advance(0.6 * TAKE_LIMIT)
+        sent = flood.sent
+        transport.resume_reading()
+        async with asyncio.timeout(5):
+            while flood.sent == sent:
+                await reader.read(1 << 20)
+                await flood.tick()
+    assert flood.connections == 1
+    writer.transport.abort()
 
 
 # ---- bodies

@@ -55,7 +55,9 @@ class Gateway(Actor):
             self.log,
         )
         whole = Cors(app, origins_of(settings.cors_origins))
-        self.server = HttpServer(whole, settings.host, settings.port, self.clock, settings.receive_seconds)
+        self.server = HttpServer(
+            whole, settings.host, settings.port, self.clock, settings.receive_seconds, settings.send_seconds
+        )
         self._subscriptions = [
             await self.bus.subscribe("moecule.v1.*.*.beat", self._on_beat),
             await self.streams.start(),

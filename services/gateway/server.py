@@ -17,12 +17,17 @@ from common.errors import ConfigError
 
 KEEP_ALIVE_SECONDS = 75  # above what clients' pools keep a connection for, so that they close first
 TICKS_A_SECOND = 10  # uvicorn's
+# What the kernel keeps for a client that does not read; by itself it would let that grow to megabytes, and a stream's
+# tokens are kilobytes a second.
+SEND_BUFFER_BYTES = 64 << 10
 
 
 class HttpServer(uvicorn.Server):
-    def __init__(self, app: Any, host: str, port: int, clock: Clock, receive_seconds: float) -> None:
-        """`receive_seconds`: the longest wait for a request's headers. Raises ConfigError if the address cannot be
-        taken."""
+    def __init__(
+        self, app: Any, host: str, port: int, clock: Clock, receive_seconds: float, send_seconds: float
+    ) -> None:
+        """`receive_seconds`: the longest wait for a request's headers; `send_seconds`: for a client that takes nothing
+        of an answer. Raises ConfigError if the address cannot be taken."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -42,7 +47,9 @@ class HttpServer(uvicorn.Server):
         self._ended = asyncio.Event()
         self._clock = clock
         self._receive_seconds = receive_seconds
+        self._send_seconds = send_seconds
         self.owing: dict[tuple[H11Protocol, object], float] = {}  # a connection after a request: since when
+        self.stuck: dict[tuple[H11Protocol, int], float] = {}  # a connection with so many bytes unsent: since when
 
     async def run_until_finished(self) -> None:
         try:
@@ -70,9 +77,13 @@ class HttpServer(uvicorn.Server):
         connections = [one for one in self.server_state.connections if isinstance(one, H11Protocol)]
         owing = [(one, one.cycle) for one in connections if _owes_headers(one)]
         self.owing = {key: self.owing.get(key, now) for key in owing}
-        for (connection, _), since in self.owing.items():
-            if now - since >= self._receive_seconds:
-                connection.transport.abort()
+        # While writing is paused nothing is added to what is unsent: as many bytes a while later, and none were taken.
+        stuck = [(one, one.transport.get_write_buffer_size()) for one in connections if one.flow.write_paused]
+        self.stuck = {key: self.stuck.get(key, now) for key in stuck}
+        late = [one for (one, _), since in self.owing.items() if now - since >= self._receive_seconds]
+        late += [one for (one, _), since in self.stuck.items() if now - since >= self._send_seconds]
+        for connection in late:
+            connection.transport.abort()
 
     def _cancel_requests(self) -> None:
         for task in list(self.server_state.tasks):
@@ -96,6 +107,7 @@ def _bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ConfigError(f"MOECULE_HOST is {host!r}: {error.strerror}") from None
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # its connections inherit that
     try:
         bound.bind(address)
         bound.listen(2048)
