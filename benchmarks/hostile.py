@@ -1,0 +1,250 @@
+"""Thousands of malformed and hostile inputs to a running cluster, over HTTP and on its NATS subjects.
+
+python -m benchmarks.hostile [--count 10000] [--seed 1]
+
+It starts a cluster of its own. HTTP: mutated bodies, deep and endless JSON, huge headers, bytes that are
+no UTF-8, wrong types, requests that are none. NATS: on every subject that actors listen on random bytes, messages of
+unknown kinds and versions, cut and mangled ones, and what was recorded from the cluster's own talk, again and out of
+order. Every HTTP input must be answered with a status below 500, or by closing the connection where it is no HTTP; no
+actor may restart; memory after all may be at most 5 % above what it was after the first tenth; and the cluster must
+answer as before. Exit status 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import re
+import sys
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import msgspec
+import nats
+
+from benchmarks.cluster import Cluster, cluster
+
+SERVICES = ("gateway", "scheduler", "gpu_worker", "expert_shard")
+MEMORY_GOAL = 1.05
+ANSWER_SECONDS = 20.0
+PATHS = (
+    "/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize", "/v1/models",
+    "/reset_prefix_cache", "/nowhere",
+)  # fmt: skip
+VALID: tuple[dict[str, Any], ...] = (
+    {"model": "tiny", "prompt": "What is 2 + 2?", "max_tokens": 2, "temperature": 0},
+    {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "stop": ["a", "b"]},
+    {"model": "tiny", "input": "Hello", "max_output_tokens": 2},
+    {"model": "tiny", "prompt": [20, 21, 22], "max_tokens": 1, "logprobs": 2, "echo": True},
+)
+VERBS = (
+    "beat", "admit", "abort", "resume", "pages", "allpages", "forget", "tokens", "load", "attach", "experts", "metrics",
+)  # fmt: skip
+ODD: tuple[Any, ...] = (
+    None, True, -1, 0, 1e308, -1e308, 2**63, 2**200, "", "\x00", "\ud7ff", "x" * 5000, [], {}, [[]], {"a": {}}, [None],
+    float("inf"), [1] * 3000, {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}},
+)  # fmt: skip
+
+
+# ---- HTTP
+
+
+def body(draw: Random) -> bytes:
+    value = json.loads(json.dumps(draw.choice(VALID)))
+    kind = draw.randrange(9)
+    if kind == 0:
+        return draw.randbytes(draw.randrange(400))
+    if kind == 1:
+        depth = draw.choice((100, 1000, 100_000))
+        return b"[" * depth + b"]" * draw.choice((0, depth))
+    if kind == 2:
+        return b'{"prompt":"' + draw.randbytes(30).replace(b'"', b"") + b'","model":"tiny"}'
+    if kind == 3:
+        return b'{"model":"tiny",' + b'"a":1,' * draw.choice((10, 10_000)) + b'"prompt":"x","max_tokens":1}'
+    for _ in range(draw.randrange(1, 4)):
+        where = draw.choice([*value, "n", "seed", "logit_bias", "response_format", "tools", "stream_options", "zzz"])
+        value[where] = draw.choice(ODD)
+    data = json.dumps(value).encode()
+    if kind == 4:
+        data = data[: draw.randrange(len(data))]
+    elif kind == 5:
+        at = draw.randrange(len(data))
+        data = data[:at] + draw.randbytes(2) + data[at + 1 :]
+    return data
+
+
+def request(draw: Random) -> bytes:
+    kind, data = draw.randrange(20), body(draw)
+    path, method = draw.choice(PATHS), draw.choice(("POST",) * 8 + ("GET", "PUT", "DELETE", "OPTIONS", "X"))
+    length = f"content-length: {len(data)}\r\n"
+    head = f"{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    if kind == 0:
+        return draw.randbytes(draw.randrange(1, 300)) + b"\r\n\r\n"
+    if kind == 1:
+        return f"{head}x-big: {'y' * draw.choice((10_000, 100_000))}\r\n{length}\r\n".encode() + data
+    if kind == 2:
+        return head.encode() + draw.choice((b"content-length: -1\r\n\r\n", b"content-length: 1e9\r\n\r\n")) + data
+    if kind == 3:
+        return f"{head}transfer-encoding: chunked\r\n\r\nzz\r\n".encode() + data
+    if kind == 4:
+        return f"{head}authorization: Bearer ".encode() + draw.randbytes(20).replace(b"\n", b"") + b"\r\n\r\n"
+    if kind == 5:
+        return b"".join((head.encode(), b"x-y: 1\r\n" * 500, length.encode(), b"\r\n", data))
+    return head.encode() + length.encode() + b"\r\n" + data
+
+
+async def ask(port: int, data: bytes) -> str:
+    """The status, or how it ended otherwise."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            writer.write(data)
+            with contextlib.suppress(ConnectionError):
+                await writer.drain()
+            first = await reader.read(1 << 16)
+            while first and await reader.read(1 << 16):
+                pass
+    except ConnectionError:
+        return "closed"
+    except TimeoutError:
+        return "no answer"
+    finally:
+        writer.close()
+    found = re.match(rb"HTTP/1\.1 (\d+)", first)
+    return found[1].decode() if found else "closed" if not first else "no HTTP"
+
+
+# ---- NATS
+
+
+class Bus:
+    """A plain connection; what it heard of the cluster's own talk, and the subjects that it was on."""
+
+    def __init__(self, url: str, draw: Random) -> None:
+        self._url, self._draw = url, draw
+        self.heard: list[tuple[str, bytes]] = []
+        self.subjects: set[str] = set()
+
+    async def __aenter__(self) -> Bus:
+        self._client = await nats.connect(self._url)
+        await self._client.subscribe("moecule.v1.>", cb=self._hear)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def _hear(self, message: Any) -> None:
+        if len(self.heard) < 2000 and not self.subjects:  # not what we say ourselves
+            self.heard.append((message.subject, message.data))
+
+    async def send(self) -> None:
+        subject, data = self._draw.choice(self.heard)
+        if self._draw.random() < 0.5:  # another one of that actor
+            subject = f"{subject.rpartition('.')[0]}.{self._draw.choice(VERBS)}"
+            self.subjects.add(subject)
+        reply = self._client.new_inbox() if self._draw.random() < 0.5 else ""
+        await self._client.publish(subject, self._mangled(data), reply=reply)
+
+    def _mangled(self, data: bytes) -> bytes:
+        draw, kind = self._draw, self._draw.randrange(7)
+        if kind == 0:
+            return draw.randbytes(draw.randrange(200))
+        if kind == 1:
+            return msgspec.msgpack.encode({"type": draw.choice(("Unknown", "StepTokens2", "", "Ok")), "version": 99})
+        if kind == 2:
+            return msgspec.msgpack.encode(draw.choice([value for value in ODD if value not in (2**200,)]))
+        if kind == 3:
+            return data[: draw.randrange(len(data) + 1)]
+        if kind == 4:
+            return b"\x91" * draw.choice((100, 100_000))
+        return data  # again, and out of order
+
+    async def flush(self) -> None:
+        await self._client.flush()
+
+
+# ---- the whole
+
+
+def memory_kb(running: Cluster) -> dict[str, int]:
+    found = {}
+    for service in SERVICES:
+        for n, pid in enumerate(running.actor_pids(service)):
+            status = Path(f"/proc/{pid}/status").read_text()
+            found[f"{service} {n}"] = int(next(x.split()[1] for x in status.splitlines() if x.startswith("VmRSS")))
+    return found
+
+
+def answer(url: str) -> str:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "What is 47 + 85?"}], "temperature": 0}
+    data, headers = json.dumps(asked).encode(), {"content-type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", data, headers), timeout=60) as got:
+        text: str = json.load(got)["choices"][0]["message"]["content"]
+    return text
+
+
+async def attack(running: Cluster, count: int, seed: int) -> bool:
+    draw, statuses = Random(seed), Counter[str]()
+    pids, before = {s: running.actor_pids(s) for s in SERVICES}, answer(running.url)
+    gate, early = asyncio.Semaphore(16), {}
+
+    async def one() -> None:
+        async with gate:
+            statuses[await ask(running.port, request(draw))] += 1
+
+    async with Bus(f"nats://127.0.0.1:{running.nats_port}", draw) as bus:
+        answer(running.url)  # to be heard
+        async with asyncio.timeout(30):
+            while len(bus.heard) < 20:
+                await asyncio.sleep(0.1)
+        for done in range(0, count, 100):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(50):
+                    group.create_task(one())
+            for _ in range(50):
+                await bus.send()
+            await bus.flush()
+            if done + 100 >= count // 10 and not early:
+                await asyncio.sleep(1.0)
+                early = memory_kb(running)
+            print(f"\r{done + 100} of {count}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    await asyncio.sleep(6.0)  # requests of replayed admissions end
+    after = memory_kb(running)
+    kinds = sorted({one.rsplit(".", 1)[1] for one in (*bus.subjects, *(subject for subject, _ in bus.heard))})
+    print(f"{count} inputs, half of them HTTP: {', '.join(f'{s}: {n}' for s, n in sorted(statuses.items()))}")
+    print(f"the other half on NATS, subjects of: {', '.join(kinds)}")
+    print("\n| actor | KB after a tenth | KB at the end | ratio (goal 1.05) |\n|---|--:|--:|--:|")
+    for name, kb in early.items():
+        print(f"| {name} | {kb} | {after.get(name, 0)} | {after.get(name, 0) / kb:.3f} |")
+    bad = [s for s in statuses if s.startswith("5") or s == "no answer" or s == "no HTTP"]
+    same = {s: running.actor_pids(s) for s in SERVICES} == pids
+    right = answer(running.url) == before
+    grown = [name for name, kb in early.items() if after.get(name, 0) > MEMORY_GOAL * kb]
+    print(f"\nbad answers: {bad or 'none'}; actors {'the same' if same else 'RESTARTED'}; "
+          f"answers {'as before' if right else 'OTHERWISE'}; grown: {grown or 'none'}")  # fmt: skip
+    return not bad and same and right and not grown
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    began = time.monotonic()
+    with cluster(device="cpu", log_level="error") as running:
+        good = asyncio.run(attack(running, options.count, options.seed))
+        if not good:
+            print(running.output()[-3000:], file=sys.stderr)
+    print(f"{time.monotonic() - began:.0f} s")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
