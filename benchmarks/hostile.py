@@ -213,7 +213,8 @@ async def attack(running: Cluster, count: int, seed: int) -> bool:
             if done + 100 >= count // 10 and not early:
                 await asyncio.sleep(1.0)
                 early = memory_kb(running)
-            print(f"\r{done + 100} of {count}", end="", file=sys.stderr, flush=True)
+            told = f"{done + 100} of {count}, gateway {memory_kb(running)['gateway 0']} KB"
+            print(f"\r{told}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     await asyncio.sleep(6.0)  # requests of replayed admissions end
     after = memory_kb(running)

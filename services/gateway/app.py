@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import h11
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -166,7 +168,9 @@ class _Tagged:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message["headers"], (b"x-request-id", self.request_id.encode())]
-        await self._send(message)
+        # A client that broke HTTP in the middle of its request cannot be answered any more; uvicorn closes.
+        with contextlib.suppress(h11.LocalProtocolError):
+            await self._send(message)
 
 
 def _request_id(scope: Scope) -> str:
