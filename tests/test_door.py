@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import chain
+from random import Random
 from typing import Any
 
+import msgspec
 import nats.errors
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
 from common.actor import running
 from common.clock import FakeClock
-from common.errors import Draining, Overloaded
+from common.errors import Draining, InvalidRequest, Overloaded
 from common.nats_bus import NatsBus
 from common.settings import Settings
+from services.gateway import door
 from services.gateway.actor import Gateway
-from services.gateway.door_messages import is_inbox
+from services.gateway.door_messages import is_inbox, read_request
 from tests.api_front import EOS, PROMPT, QUESTION, Front, ScoringWorker, make_front, text_tokens
 from tests.conftest import NatsServer
 from tests.outside import GENERATE, Service, say, service
@@ -210,6 +216,19 @@ async def test_an_error_after_the_first_tokens_is_told(front: Front, other: Serv
     assert len(inbox.tokens()) == 3
 
 
+async def test_whatever_breaks_the_caller_is_answered(
+    front: Front, other: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(front.gateway.generator, "run", broken)
+        error = await (await other.ask(CHAT)).error()
+    assert (error["code"], error["message"], error["status"]) == ("internal_error", "internal error", 500)
+    assert (await (await other.ask(CHAT)).last())["type"] == "end"
+
+
 # ---- cancelling, and callers that are gone
 
 
@@ -362,6 +381,17 @@ async def test_the_last_gateway_refuses_while_it_finishes(front: Front, other: S
     assert (await first.last())["type"] == "end"
 
 
+async def test_no_request_hangs_while_the_last_gateway_leaves(front: Front, other: Service) -> None:
+    inboxes = []
+    front.life.leave.set()
+    while not front.life.life.done():
+        inboxes.append(await other.ask(TEXT))
+        await asyncio.sleep(0.002)
+    inboxes.append(await other.ask(TEXT))
+    ends = [(await inbox.until("end", "error", "503"))["type"] for inbox in inboxes]
+    assert ends[-1] == "503" and len(ends) > 10
+
+
 async def test_without_a_gateway_the_server_says_so(other: Service) -> None:
     inbox = await other.ask(CHAT)
     assert (await inbox.until("503")) == {"type": "503"}
@@ -404,6 +434,9 @@ async def test_nats_micro_finds_it(front: Front, other: Service) -> None:
 
 
 # ---- hostile input
+
+JSON = st.one_of(st.none(), st.booleans(), st.integers(-9, 9), st.floats(allow_nan=False), st.text(max_size=5))
+BODIES = st.dictionaries(st.sampled_from(["model", "prompt", "tokens", "messages", "stream", "n", "stop"]), JSON)
 
 WHERE_NOBODY_MAY_BE_ANSWERED = [
     "", "*", "a.*", "a.>", ">", "a..b", ".a", "a.", "moecule.v1.generate", "moecule.v1.worker.worker-1.admit",
@@ -462,6 +495,61 @@ async def test_hostile_messages_leave_the_gateway_as_it_is(front: Front, other: 
     assert front.gateway.bus.connected_for() > connected_since, "the connection was never lost"
     await until(lambda: front.gateway.generator.active == 0 and not front.gateway.door._callers)
     assert front.gateway.state == "ready" and not front.life.life.done()
+
+
+@given(st.one_of(st.binary(), st.recursive(JSON, st.lists).map(msgspec.json.encode), BODIES.map(msgspec.json.encode)))
+def test_whatever_comes_is_a_request_or_is_refused(data: bytes) -> None:
+    with contextlib.suppress(InvalidRequest):
+        read_request(data)
+
+
+def mangled(count: int) -> Iterator[bytes]:
+    rng = Random(6)
+    whole = [msgspec.json.encode({"model": "tiny", "max_tokens": 5} | body) for body in (CHAT, TEXT, {"tokens": [5]})]
+    for _ in range(count):
+        data = bytearray(rng.choice(whole))
+        for _ in range(rng.randint(0, 3)):
+            at, kind = rng.randrange(len(data)), rng.randrange(3)
+            if kind == 0:
+                data[at] = rng.randrange(256)
+            elif kind == 1:
+                del data[at : at + rng.randint(1, 5)]
+            else:
+                data[at:at] = rng.choice([b'"', b"[" * 500, b"{", b"\xff", b"null", b"1e999", b"\\ud800", b":"])
+        yield bytes(data)
+
+
+async def test_every_mangled_request_is_answered_and_leaves_nothing(front: Front, other: Service) -> None:
+    front.says("no")
+    await (await other.ask(TEXT)).last()
+    tasks = len(asyncio.all_tasks())
+    inbox = await other.ask(TEXT)
+    count = 2000
+    for sent, data in enumerate(mangled(count - 1), 2):
+        await other.publish(data, inbox.subject)
+        if sent % 100 == 0:
+            await inbox.until("end", "error", count=sent)
+    ends = [one for one in inbox.answers if one["type"] in ("end", "error")]
+    assert len(ends) == count == len({one["request_id"] for one in ends})
+    codes = {one["error"]["code"] for one in ends if one["type"] == "error"}
+    assert codes == {"invalid_request", "model_not_found"} and len(front.worker.admitted) > 200
+    await until(lambda: len(asyncio.all_tasks()) <= tasks and not front.gateway.door._callers)
+
+
+async def test_more_callers_than_a_gateway_bears_are_refused(
+    front: Front, other: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "MOST_CALLERS", 2)
+    paused(front)
+    held = [await other.ask(CHAT) for _ in range(2)]
+    for inbox in held:
+        await inbox.until("tokens")
+    error = await (await other.ask(CHAT)).error()
+    assert (error["code"], error["retry_after"]) == ("overloaded", 1)
+    front.worker.resume_sending()
+    for inbox in held:
+        await inbox.last()
+    assert (await (await other.ask(CHAT)).last())["type"] == "end"
 
 
 async def test_a_message_that_is_sent_again_is_a_request_of_its_own(front: Front, other: Service) -> None:

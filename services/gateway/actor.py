@@ -79,6 +79,7 @@ class Gateway(Actor):
         await self._until_idle(self.settings.drain_seconds)
         self.streams.fail_all(Draining("the gateway is leaving"))
         await self._until_idle(TELL_SECONDS)
+        await self.door.close()
         await self.server.finish()
 
     async def stop(self) -> None:

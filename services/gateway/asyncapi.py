@@ -44,6 +44,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
 ABOUT = f"""The NATS door of a server that has the model `{{model}}`.
 
 **Ask.** Publish a request to `{GENERATE}`, with a subject as its reply subject that you are subscribed to: your inbox.
+Take a subscription of the request's own: what a NATS client calls a request waits for one answer, and there are many.
 Every message is a request of its own, and is carried out once. One without a reply subject, or whose reply subject has
 wildcards or begins with `moecule.` or `$`, is ignored, since nobody could be answered.
 

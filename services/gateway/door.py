@@ -24,6 +24,7 @@ from common.errors import (
     InternalError,
     MoeculeError,
     NotFound,
+    Overloaded,
     RequestCancelled,
 )
 from common.messages import GatewayBeat
@@ -55,6 +56,7 @@ from services.gateway.responses import ChatChoice
 from services.gateway.streams import SETTLE_SECONDS, Spawn
 
 TICK_SECONDS = 0.25
+MOST_CALLERS = 10_000  # requests at a time; no socket a caller limits them, as HTTP's do
 ALIVE_SECONDS = 1.0  # without an answer for so long, one says that there is nothing to tell
 OTHERS_SECONDS = 2.0  # a gateway that was heard since then takes what we leave
 
@@ -106,19 +108,21 @@ class Caller:
         await self._left.wait()
         return {"type": "http.disconnect"}
 
-    async def tell(self, kind: type[DoorAnswer], **fields: Any) -> None:
-        await self._send(kind, fields)
+    async def tell(self, kind: type[DoorAnswer], size: int = 0, **fields: Any) -> None:
+        """`size`: entries in its longest field."""
+        await self._send(kind, fields, size)
 
     async def tell_of(self, error: MoeculeError) -> None:
-        await self._send(Refused, {"error": DoorError.of(error)}, error_headers(error))
+        await self._send(Refused, {"error": DoorError.of(error)}, headers=error_headers(error))
 
     async def _send(
-        self, kind: type[DoorAnswer], fields: dict[str, Any], headers: dict[str, str] | None = None
+        self, kind: type[DoorAnswer], fields: dict[str, Any], size: int = 0, headers: dict[str, str] | None = None
     ) -> None:
         async with self._one_at_a_time:
             await self._line.until_settled()
             answer = kind(request_id=self.request_id, seq=self._seq, **fields)
-            await self._line.bus.send(self._inbox, _encode(answer), reply_to=self.cancel_subject, headers=headers)
+            data = await off_loop(size, _encode, answer)
+            await self._line.bus.send(self._inbox, data, reply_to=self.cancel_subject, headers=headers)
             self._seq += 1
             self.told_at = self._line.clock.now()
 
@@ -162,8 +166,10 @@ class Door:
         self._spawn(self._keep_alive(), "door")
 
     def take_beat(self, beat: GatewayBeat) -> None:
+        now = self._clock.now()
+        self._others = {other: at for other, at in self._others.items() if at >= now - OTHERS_SECONDS}
         if beat.state == "ready" and beat.id != self._gateway_id:
-            self._others[beat.id] = self._clock.now()
+            self._others[beat.id] = now
         else:
             self._others.pop(beat.id, None)
 
@@ -176,7 +182,8 @@ class Door:
                 await subscription.drain()
 
     async def close(self) -> None:
-        for subscription in [*self._shared, *self._own]:
+        subscriptions, self._shared, self._own = [*self._shared, *self._own], [], []
+        for subscription in subscriptions:
             await subscription.drain()
 
     # ---- what comes in
@@ -226,6 +233,8 @@ class Door:
         caller = Caller(self._line, message.reply_to, self._gateway_id)
         self._callers[caller.request_id] = caller
         try:
+            if len(self._callers) > MOST_CALLERS:
+                raise Overloaded(f"this gateway has {MOST_CALLERS} requests over NATS already")
             with self._generator.taking():
                 await self._follow(message, caller)
             self._generate.answered(self._clock.now() - began)
@@ -264,7 +273,8 @@ class Door:
         batches = _Batches(body, plan)
 
         async def pass_on(choice: int, delta: Delta) -> None:
-            await caller.tell(Batch, **await off_loop(entries(delta), batches.fields, choice, delta))
+            size = entries(delta)
+            await caller.tell(Batch, size, **await off_loop(size, batches.fields, choice, delta))
 
         await generator.run(plan.jobs, plan.outputs, caller.receive, pass_on)
         usage = usage_of(body, plan.jobs, plan.outputs)
