@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import nats.errors
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
@@ -80,10 +80,8 @@ async def test_messages_are_answered_as_http_answers_them(front: Front, other: S
     assert inbox.batches()[-1]["finish_reason"] == "stop"
     over_nats, over_http = front.worker.admitted
     assert over_nats.prompt == over_http.prompt == tuple(PROMPT)
-    assert over_nats.sampling == over_http.sampling.__class__(
-        **{f: getattr(over_http.sampling, f) for f in over_http.sampling.__struct_fields__}
-        | {"seed": over_nats.sampling.seed}
-    )
+    samplings = [msgspec.structs.replace(one.sampling, seed=0) for one in (over_nats, over_http)]
+    assert samplings[0] == samplings[1]
 
 
 @pytest.mark.parametrize("body", [{"prompt": "a b"}, {"tokens": [5, 6, 7]}], ids=["a text", "token ids"])
@@ -497,6 +495,7 @@ async def test_hostile_messages_leave_the_gateway_as_it_is(front: Front, other: 
     assert front.gateway.state == "ready" and not front.life.life.done()
 
 
+@settings(deadline=None)  # other work on the machine is no failure
 @given(st.one_of(st.binary(), st.recursive(JSON, st.lists).map(msgspec.json.encode), BODIES.map(msgspec.json.encode)))
 def test_whatever_comes_is_a_request_or_is_refused(data: bytes) -> None:
     with contextlib.suppress(InvalidRequest):
