@@ -13,7 +13,7 @@ PROCFILE ?=
 
 # These may share the machine, two at a time; the rest starts processes and measures time-outs.
 SHARING := $(wildcard tests/test_kernels*.py tests/test_api*.py) $(addprefix tests/test_,$(addsuffix .py,\
-	compile detokenizer grammar openapi responses_api sampling_params tokenize tools))
+	asyncapi compile detokenizer grammar openapi responses_api sampling_params tokenize tools))
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 

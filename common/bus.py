@@ -5,7 +5,8 @@ Two implementations pass one conformance suite: `NatsBus` (common/nats_bus.py) a
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from common.errors import MoeculeError
@@ -13,6 +14,29 @@ from common.messages import Message
 
 Handler = Callable[[str, Message], Awaitable[Message | None]]
 """(subject, message) -> the reply, or None for no reply. A MoeculeError that it raises is sent as a Failed reply."""
+
+
+NO_RESPONDERS = "503"
+
+
+@dataclass(frozen=True, slots=True)
+class RawMessage:
+    """As it came, from whoever does not speak our messages. `reply_to` is empty where no answer is wanted; anyone may
+    write anything into it."""
+
+    subject: str
+    data: bytes
+    reply_to: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nobody_listened(self) -> bool:
+        """It is the server's word that what we sent with this reply subject reached nobody."""
+        return self.headers.get("Status") == NO_RESPONDERS and not self.data
+
+
+Taker = Callable[[RawMessage], None]
+"""Called in order, one message at a time: it must return at once, and raise nothing."""
 
 
 class Conflict(MoeculeError):
@@ -75,6 +99,17 @@ class Bus(Protocol):
         group share the messages. Returns once the server knows the subscription. A message that cannot be decoded is
         answered with a Failed reply (if one is wanted), logged, and skipped.
         """
+        ...
+
+    async def listen(self, subject: str, taker: Taker, *, queue: str = "") -> Subscription:
+        """`subscribe`, for messages that are not ours: `taker` gets them as they came."""
+        ...
+
+    async def send(
+        self, subject: str, data: bytes, *, reply_to: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
+        """`publish`, of bytes. Where nobody listens on `subject`, our own `listen` on `reply_to` is told so
+        (`RawMessage.nobody_listened`)."""
         ...
 
     async def kv_get(self, bucket: str, key: str) -> tuple[bytes, int] | None:

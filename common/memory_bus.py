@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from common.bus import Conflict, Handler
+from common.bus import NO_RESPONDERS, Conflict, Handler, RawMessage, Taker
 from common.clock import Clock, RealClock, within
 from common.errors import BodyTooLarge, BusTimeout, BusUnavailable, NoResponders
 from common.messages import Message
@@ -33,7 +33,7 @@ class MemoryBroker:
         self.max_payload = max_payload
         self.up = True
         self.buses: list[MemoryBus] = []
-        self._subscriptions: list[MemorySubscription] = []
+        self._subscriptions: list[MemorySubscription | MemoryListener] = []
         self._inboxes: dict[str, asyncio.Future[bytes]] = {}
         self._turn: dict[tuple[str, str], int] = {}  # of each queue group
         self._names = itertools.count(1)
@@ -54,14 +54,14 @@ class MemoryBroker:
         for bus in self.buses:
             bus.reconnect()
 
-    def route(self, subject: str, data: bytes, reply_to: str = "") -> int:
+    def route(self, subject: str, data: bytes, reply_to: str = "", headers: Mapping[str, str] | None = None) -> int:
         """How many subscriptions got the message."""
         if future := self._inboxes.get(subject):
             if not future.done():
                 future.set_result(data)
             return 1
-        chosen: list[MemorySubscription] = []
-        groups: dict[tuple[str, str], list[MemorySubscription]] = {}
+        chosen: list[MemorySubscription | MemoryListener] = []
+        groups: dict[tuple[str, str], list[MemorySubscription | MemoryListener]] = {}
         for subscription in self._subscriptions:
             if subscription.bus.connected and matches(subscription.pattern, subject):
                 if subscription.queue:
@@ -72,13 +72,13 @@ class MemoryBroker:
             turn = self._turn[group] = self._turn.get(group, -1) + 1
             chosen.append(members[turn % len(members)])
         for subscription in chosen:
-            subscription.pump.put_nowait(subject, data, reply_to)
+            subscription.take(RawMessage(subject, data, reply_to, headers or {}))
         return len(chosen)
 
-    def add(self, subscription: MemorySubscription) -> None:
+    def add(self, subscription: MemorySubscription | MemoryListener) -> None:
         self._subscriptions.append(subscription)
 
-    def remove(self, subscription: MemorySubscription) -> None:
+    def remove(self, subscription: MemorySubscription | MemoryListener) -> None:
         if subscription in self._subscriptions:
             self._subscriptions.remove(subscription)
 
@@ -110,9 +110,33 @@ class MemorySubscription:
     queue: str
     pump: Pump
 
+    def take(self, message: RawMessage) -> None:
+        self.pump.put_nowait(message.subject, message.data, message.reply_to)
+
+    def cancel(self) -> None:
+        self.pump.cancel()
+
     async def drain(self) -> None:
         self.bus.broker.remove(self)
         await self.pump.drain()
+
+
+@dataclass(eq=False)
+class MemoryListener:
+    bus: MemoryBus
+    pattern: str
+    queue: str
+    taker: Taker
+
+    def take(self, message: RawMessage) -> None:
+        asyncio.get_running_loop().call_soon(self.taker, message)
+
+    def cancel(self) -> None:
+        pass
+
+    async def drain(self) -> None:
+        self.bus.broker.remove(self)
+        await asyncio.sleep(0)
 
 
 @dataclass(eq=False)
@@ -120,9 +144,9 @@ class MemoryBus:
     broker: MemoryBroker
     closed: bool = False
     _since: float | None = None
-    _buffer: list[tuple[str, bytes]] = field(default_factory=list)
+    _buffer: list[RawMessage] = field(default_factory=list)
     _buffered: int = 0
-    _subscriptions: list[MemorySubscription] = field(default_factory=list)
+    _subscriptions: list[MemorySubscription | MemoryListener] = field(default_factory=list)
     _callbacks: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
     _tasks: set[asyncio.Future[None]] = field(default_factory=set)
 
@@ -150,7 +174,7 @@ class MemoryBus:
         self.closed, self._since = True, None
         for subscription in self._subscriptions:
             self.broker.remove(subscription)
-            subscription.pump.cancel()
+            subscription.cancel()
         if self in self.broker.buses:
             self.broker.buses.remove(self)
 
@@ -163,26 +187,38 @@ class MemoryBus:
             return
         self._since = self.broker.clock.now()
         buffer, self._buffer, self._buffered = self._buffer, [], 0
-        for subject, data in buffer:
-            self.broker.route(subject, data)
+        for message in buffer:
+            self._route(message)
         for callback in self._callbacks:
             task = asyncio.ensure_future(callback())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def publish(self, subject: str, message: Message) -> None:
-        self._send(subject, encode_within(message, self.max_payload))
+        await self.send(subject, encode_within(message, self.max_payload))
 
-    def _send(self, subject: str, data: bytes) -> None:
+    async def send(
+        self, subject: str, data: bytes, *, reply_to: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
+        if len(data) + HEADROOM > self.max_payload:
+            raise BodyTooLarge(f"a message of {len(data)} bytes is over the limit")
+        message = RawMessage(subject, data, reply_to, headers or {})
         if self.closed:
             raise BusUnavailable("the connection to NATS is closed")
         if self.connected:
-            self.broker.route(subject, data)
+            self._route(message)
         elif self._buffered + len(data) > BUFFER_BYTES:
             raise BusUnavailable("NATS is gone, and the buffer for what is published is full")
         else:
-            self._buffer.append((subject, data))
+            self._buffer.append(message)
             self._buffered += len(data)
+
+    def _route(self, message: RawMessage) -> None:
+        reached = self.broker.route(message.subject, message.data, message.reply_to, message.headers)
+        if message.reply_to and not reached:
+            for subscription in self._subscriptions:
+                if matches(subscription.pattern, message.reply_to):
+                    subscription.take(RawMessage(message.reply_to, b"", headers={"Status": NO_RESPONDERS}))
 
     async def request(self, subject: str, message: Message, timeout: float = 2.0) -> Message:
         data = encode_within(message, self.max_payload)
@@ -202,15 +238,18 @@ class MemoryBus:
     ) -> MemorySubscription:
         if self.closed:
             raise BusUnavailable("the connection to NATS is closed")
-        subscription = MemorySubscription(self, subject, queue, Pump(handler, self._respond, concurrency=concurrency))
+        subscription = MemorySubscription(self, subject, queue, Pump(handler, self.send, concurrency=concurrency))
         self._subscriptions.append(subscription)
         self.broker.add(subscription)
         return subscription
 
-    async def _respond(self, reply_to: str, data: bytes) -> None:
-        if len(data) + HEADROOM > self.max_payload:
-            raise BodyTooLarge(f"a reply of {len(data)} bytes is over the limit")
-        self._send(reply_to, data)
+    async def listen(self, subject: str, taker: Taker, *, queue: str = "") -> MemoryListener:
+        if self.closed:
+            raise BusUnavailable("the connection to NATS is closed")
+        listener = MemoryListener(self, subject, queue, taker)
+        self._subscriptions.append(listener)
+        self.broker.add(listener)
+        return listener
 
     async def kv_get(self, bucket: str, key: str) -> tuple[bytes, int] | None:
         self._need_connection()

@@ -19,6 +19,8 @@ Subjects (an id is letters, digits, `-` and `_`):
 | moecule.v1.shard.<id>.experts    | ExpertRows -> ExpertSums         | worker -> shard (bus)  |
 | moecule.v1.<kind>.<id>.metrics   | GetMetrics -> Metrics            | gateway -> everyone    |
 
+What passes the gateway's NATS door is JSON, for services of any language: services/gateway/door_messages.py.
+
 A reply may always be `Failed`, which the bus raises as the error it names. Three numbers are never mixed:
 `map_version` (which shard holds what), `boot_id` (which life of a process) and `seq` (which use of a slot).
 """

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from nats.js.api import StorageType
 from nats.js.errors import APIError, KeyNotFoundError, KeyWrongLastSequenceError, NoStreamResponseError
 from nats.js.kv import KeyValue
 
-from common.bus import Conflict, Handler
+from common.bus import Conflict, Handler, RawMessage, Taker
 from common.errors import BodyTooLarge, BusTimeout, BusUnavailable, ConfigError, NoResponders
 from common.messages import Message
 from common.pump import HEADROOM, Pump, encode_within, read_reply
@@ -71,6 +71,14 @@ class OrderedClient(Client):
             writer.writelines(pending)
         except (OSError, RuntimeError) as error:  # uvloop's word for a transport that has just been closed
             await self._process_op_err(error)
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
+        """Anyone may publish a subject, a reply subject or a header that is no text; nats-py would end its reading for
+        good then, and the connection with it."""
+        try:
+            await super()._process_msg(sid, subject, reply, data, headers)
+        except (ValueError, IndexError) as error:
+            await self._error_cb(error)
 
     def drop_pending(self) -> None:
         """What was kept for a connection that is lost; `close` would write it to the dead socket, and raise."""
@@ -137,6 +145,23 @@ class Login:
                     f"{self.ca} (MOECULE_NATS_CA) holds no certificate that can be read: {error}"
                 ) from None
         return found
+
+
+class NatsListener:
+    def __init__(self, bus: NatsBus, taker: Taker) -> None:
+        self._bus = bus
+        self._taker = taker
+        self.client: ClientSubscription | None = None
+
+    async def take(self, message: Msg) -> None:
+        self._taker(RawMessage(message.subject, message.data, message.reply, message.headers or {}))
+
+    async def drain(self) -> None:
+        try:
+            if self.client is not None and self._bus.connected:
+                await self.client.drain()
+        except nats.errors.Error as error:
+            self._bus.log.debug("a subscription was not drained", why=str(error))
 
 
 class NatsBus:
@@ -232,13 +257,15 @@ class NatsBus:
     # ---- messages
 
     async def publish(self, subject: str, message: Message) -> None:
-        await self._send(subject, encode_within(message, self.max_payload))
+        await self.send(subject, encode_within(message, self.max_payload))
 
-    async def _send(self, subject: str, data: bytes) -> None:
+    async def send(
+        self, subject: str, data: bytes, *, reply_to: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
         if len(data) + HEADROOM > self.max_payload:
             raise BodyTooLarge(f"a message of {len(data)} bytes is over the limit")
         try:
-            await self._client.publish(subject, data)
+            await self._client.publish(subject, data, reply_to, dict(headers) if headers else None)
         except nats.errors.OutboundBufferLimitError:
             raise BusUnavailable("NATS is gone, and the buffer for what is published is full") from None
         except nats.errors.ConnectionClosedError:
@@ -264,7 +291,7 @@ class NatsBus:
         self, subject: str, handler: Handler, *, concurrency: int = 1, queue: str = ""
     ) -> NatsSubscription:
         # A full pump makes nats-py queue, and that queue has a limit which is told of (slow consumer).
-        pump = Pump(handler, self._send, concurrency=concurrency, limit=concurrency)
+        pump = Pump(handler, self.send, concurrency=concurrency, limit=concurrency)
         subscription = NatsSubscription(self, pump)
         self._subscriptions.add(subscription)
         try:
@@ -276,6 +303,16 @@ class NatsBus:
             self.forget(subscription)
             raise BusUnavailable(f"no subscription to {subject}: {error}") from error
         return subscription
+
+    async def listen(self, subject: str, taker: Taker, *, queue: str = "") -> NatsListener:
+        listener = NatsListener(self, taker)
+        try:
+            listener.client = await self._client.subscribe(subject, queue=queue, cb=listener.take)
+            if self.connected:
+                await self._client.flush(timeout=2)
+        except nats.errors.Error as error:
+            raise BusUnavailable(f"no subscription to {subject}: {error}") from error
+        return listener
 
     def forget(self, subscription: NatsSubscription) -> None:
         self._subscriptions.discard(subscription)

@@ -13,6 +13,7 @@ import openai
 from openai.types.chat import ChatCompletion
 
 from common.actor import Running, running
+from common.bus import Bus
 from common.clock import Clock
 from common.memory_bus import MemoryBroker, MemoryBus
 from common.messages import Generate, StepTokens, TokenChunk, TokenLogprobs, subject
@@ -77,10 +78,13 @@ class Front:
 
 
 async def make_front(
-    settings: Settings, worker_kind: Callable[..., StubWorker] = StubWorker, clock: Clock | None = None
+    settings: Settings,
+    worker_kind: Callable[..., StubWorker] = StubWorker,
+    clock: Clock | None = None,
+    new_bus: Callable[[], Bus] | None = None,
 ) -> AsyncIterator[Front]:
     broker = MemoryBroker()
-    buses = [MemoryBus(broker) for _ in range(3)]
+    buses = [new_bus() if new_bus else MemoryBus(broker) for _ in range(3)]
     for bus in buses:
         await bus.connect()
     worker = worker_kind(buses[0], "worker-1", lambda _: [])

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from common.bus import Bus, Conflict
+from common.bus import Bus, Conflict, RawMessage
 from common.errors import (
     BodyTooLarge,
     BusTimeout,
@@ -23,6 +23,7 @@ from common.memory_bus import MemoryBus, matches
 from common.messages import Abort, GetMap, GetPages, Message, Metrics, Ok, Resume
 from common.nats_bus import STALLED_SECONDS, NatsBus, kept_cancellable
 from tests.conftest import BusMaker, NatsServer, Outage
+from tests.outside import say
 
 
 class Inbox:
@@ -62,6 +63,92 @@ async def send_raw(bus: Bus, subject: str, data: bytes) -> None:
     else:
         assert isinstance(bus, NatsBus)
         await bus._client.publish(subject, data)
+
+
+# ---- messages that are not ours
+
+
+async def test_a_listener_gets_messages_as_they_came(make_bus: BusMaker):
+    sender, receiver = await make_bus(), await make_bus()
+    came: list[RawMessage] = []
+    listener = await receiver.listen("moecule.v1.any.*", came.append)
+    await sender.send("moecule.v1.any.1", b"\xff", reply_to="here", headers={"a": "b"})
+    await sender.send("moecule.v1.any.2", b"")
+    await until(lambda: len(came) == 2)
+    assert came == [RawMessage("moecule.v1.any.1", b"\xff", "here", {"a": "b"}), RawMessage("moecule.v1.any.2", b"")]
+    await listener.drain()
+    await sender.send("moecule.v1.any.3", b"")
+    await listener.drain()
+    assert len(came) == 2
+
+
+async def test_listeners_of_one_queue_share_messages(make_bus: BusMaker):
+    sender, *receivers = [await make_bus() for _ in range(3)]
+    came: list[list[RawMessage]] = [[], []]
+    for receiver, messages in zip(receivers, came, strict=True):
+        await receiver.listen("moecule.v1.shared", messages.append, queue="all")
+    for _ in range(40):
+        await sender.send("moecule.v1.shared", b"")
+    await until(lambda: len(came[0]) + len(came[1]) == 40)
+    assert came[0] and came[1]
+
+
+async def test_a_sender_is_told_that_nobody_listened(make_bus: BusMaker):
+    sender, receiver = await make_bus(), await make_bus()
+    told: list[RawMessage] = []
+    await sender.listen("moecule.v1.back.*", told.append)
+    listener = await receiver.listen("moecule.v1.there", lambda _: None)
+    await sender.send("moecule.v1.there", b"1", reply_to="moecule.v1.back.1")
+    await sender.send("moecule.v1.elsewhere", b"2", reply_to="moecule.v1.back.2")
+    await sender.send("moecule.v1.elsewhere", b"3")
+    await until(lambda: told)
+    assert [(m.subject, m.nobody_listened) for m in told] == [("moecule.v1.back.2", True)]
+    await listener.drain()
+    await sender.send("moecule.v1.there", b"4", reply_to="moecule.v1.back.4")
+    await until(lambda: len(told) == 2)
+    assert told[1].subject == "moecule.v1.back.4"
+    assert not RawMessage("a", b"", "", {"Status": "404"}).nobody_listened
+
+
+async def test_what_is_sent_in_an_outage_arrives_after_it(cluster: tuple[BusMaker, Outage]):
+    make_bus, outage = cluster
+    sender, receiver = await make_bus(), await make_bus()
+    came: list[RawMessage] = []
+    await receiver.listen("moecule.v1.any", came.append)
+    outage.down()
+    await until(lambda: not sender.connected and not receiver.connected)
+    outage.up()
+    await until(lambda: sender.connected and receiver.connected)
+    await sender.send("moecule.v1.any", b"after", headers={"a": "b"})
+    await until(lambda: came)
+    assert (came[-1].data, came[-1].headers) == (b"after", {"a": "b"})
+
+
+async def test_what_is_too_large_to_send_is_refused(make_bus: BusMaker):
+    bus = await make_bus()
+    with pytest.raises(BodyTooLarge):
+        await bus.send("moecule.v1.any", b"x" * bus.max_payload)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"PUB moecule.v1.\xff 0\r\n\r\n",
+        b"PUB moecule.v1.any \xff\xfe 0\r\n\r\n",
+        b"HPUB moecule.v1.any 16 16\r\nNATS/1.0 \xff\xff\xff\r\n\r\n\r\n",
+        b"HPUB moecule.v1.any 8 8\r\nNATS/1.0\r\n",
+    ],
+    ids=["a subject", "a reply subject", "a status", "headers without an end"],
+)
+async def test_what_is_no_text_does_not_end_the_connection(nats_server: NatsServer, lines: bytes):
+    bus = NatsBus(nats_server.url, "test")
+    await bus.connect()
+    came: list[RawMessage] = []
+    await bus.listen("moecule.v1.>", came.append)
+    await say(nats_server.url, lines)
+    await bus.send("moecule.v1.any", b"after")
+    await until(lambda: came and came[-1].data == b"after")
+    await bus.close()
 
 
 # ---- publishing

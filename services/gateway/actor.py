@@ -1,4 +1,4 @@
-"""The gateway: the HTTP front door, and the bus side of it."""
+"""The gateway: the HTTP and the NATS front door, and the bus side of both."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from common.messages import GatewayBeat, Message, WorkerBeat
 from common.model_config import ModelConfig
 from common.telemetry import render
 from services.gateway.app import App
+from services.gateway.asyncapi import Broker, asyncapi_page
 from services.gateway.cache import Forgotten, forget_pages
 from services.gateway.cors import Cors, origins_of
+from services.gateway.door import Door
 from services.gateway.generate import Generator
 from services.gateway.metrics import GatewayMetrics, everyones_metrics
 from services.gateway.peers import Peers
@@ -53,6 +55,10 @@ class Gateway(Actor):
             self._forget_pages,
             int(time.time()),
             self.log,
+            asyncapi_page(Broker(settings.nats_url, preparer.name, config.vocab)),
+        )
+        self.door = Door(
+            self.bus, self.id, self.generator, app.model_list, self.clock, self._spawn_unless_leaving, self.log
         )
         whole = Cors(app, origins_of(settings.cors_origins))
         self.server = HttpServer(
@@ -63,6 +69,7 @@ class Gateway(Actor):
             await self.streams.start(),
         ]
         self.spawn(self._serve(), "http")
+        await self.door.open()
         self.log.info("listening", url=f"http://{settings.host}:{self.port}", model=settings.served_name)
 
     def beat(self) -> Message:
@@ -70,13 +77,16 @@ class Gateway(Actor):
 
     async def drain(self) -> None:
         self.generator.refusal = Draining("the gateway is leaving")
+        await self.door.leave()
         await self._until_idle(self.settings.drain_seconds)
         self.streams.fail_all(Draining("the gateway is leaving"))
         await self._until_idle(TELL_SECONDS)
+        await self.door.close()
         await self.server.finish()
 
     async def stop(self) -> None:
         self.leaving = True
+        await self.door.close()
         for subscription in self._subscriptions:
             await subscription.drain()
 
@@ -102,6 +112,8 @@ class Gateway(Actor):
         self.peers.take(subject, message)
         if isinstance(message, WorkerBeat):
             self.streams.take_beat(message)
+        elif isinstance(message, GatewayBeat):
+            self.door.take_beat(message)
 
     def _why_not_ready(self) -> str:
         return "the gateway is leaving" if self.state == "draining" else self.peers.why_not_ready()

@@ -31,7 +31,7 @@ from services.gateway.tokenize import Counter, DetokenizeBody, TokenizeBody
 
 class App:
     """`why_not_ready`: a sentence, empty when a worker can serve. `metrics_text`: the page of /metrics. `forget_pages`:
-    empties the workers' prefix caches."""
+    empties the workers' prefix caches. `asyncapi`: the document of the NATS door."""
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class App:
         forget_pages: Callable[[], Awaitable[Forgotten]],
         created: int,
         log: Any,
+        asyncapi: bytes,
     ) -> None:
         self._preparer = generator.preparer
         self._read_body = generator.read_body
@@ -52,6 +53,7 @@ class App:
         self._forget_pages = forget_pages
         self._created = created
         self._log = log
+        self._asyncapi_page = asyncapi
         self._router = Router(
             [
                 Route("/v1/completions", Endpoint(generator, CompletionBody), methods=["POST"]),
@@ -66,6 +68,7 @@ class App:
                 Route("/ready", self._ready),
                 Route("/metrics", self._metrics_page),
                 Route("/openapi.json", self._openapi),
+                Route("/asyncapi.json", self._asyncapi),
                 Route("/docs", self._docs),
             ]
         )
@@ -116,8 +119,11 @@ class App:
             id=preparer.name, created=self._created, max_model_len=preparer.context, weights=preparer.weights
         )
 
+    def model_list(self) -> ModelList:
+        return ModelList(data=[self._card()])
+
     async def _models(self, _: Request) -> Response:
-        return _json(ModelList(data=[self._card()]))
+        return _json(self.model_list())
 
     async def _model(self, request: Request) -> Response:
         self._preparer.check_model(request.path_params["name"])
@@ -148,6 +154,9 @@ class App:
 
     async def _openapi(self, request: Request) -> Response:
         return Response(_pages(self._served(request))[0], media_type="application/json")
+
+    async def _asyncapi(self, _: Request) -> Response:
+        return Response(self._asyncapi_page, media_type="application/json")
 
     async def _docs(self, request: Request) -> Response:
         return Response(_pages(self._served(request))[1], media_type="text/html")

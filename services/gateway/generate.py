@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -17,7 +17,7 @@ from services.gateway.bodies import decode_body
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.output import Delta, Output
 from services.gateway.prepare import Job, Preparer, off_loop
-from services.gateway.protocol import Body, ChatBody, CompletionBody, check
+from services.gateway.protocol import AnyBody, Body, ChatBody, check
 from services.gateway.responses import DONE, ChatStyle, Style, TextStyle, Usage, Wanted, Writer, error_event
 from services.gateway.streams import Streams
 
@@ -31,6 +31,14 @@ REMEMBERED_FIELDS = 1000  # unknown field names that were warned about
 
 AnyStruct = TypeVar("AnyStruct", bound=msgspec.Struct)
 OnDelta = Callable[[int, Delta], Awaitable[None]]
+
+
+class Plan(NamedTuple):
+    """What a body asks for: its choices, what is shown of each, and how."""
+
+    jobs: list[Job]
+    outputs: list[Output]
+    style: Style
 
 
 class Generator:
@@ -50,6 +58,35 @@ class Generator:
         self._clock = clock
         self._log = log
         self._warned: set[str] = set()
+
+    @contextlib.contextmanager
+    def taking(self) -> Iterator[None]:
+        """A request, until its answer is complete, by whichever door it came. Raises why none is taken."""
+        if self.refusal:
+            raise self.refusal
+        self.active += 1
+        self.metrics.running.set(self.active)
+        try:
+            yield
+        except MoeculeError as error:
+            self.metrics.failed(error.code)
+            raise
+        finally:
+            self.active -= 1
+            self.metrics.running.set(self.active)
+
+    async def plan(self, body: AnyBody) -> Plan:
+        """Raises why the body cannot be answered."""
+        check(body)
+        preparer = self.preparer
+        if isinstance(body, ChatBody):
+            jobs = await preparer.chat(body)
+            style: Style = ChatStyle(preparer.tokenizer, Wanted.of(body))
+        else:
+            jobs = await preparer.completion(body)
+            style = TextStyle(preparer.tokenizer, Wanted.of(body))
+        split = isinstance(body, ChatBody) and preparer.tokenizer.reasons
+        return Plan(jobs, [Output(job, preparer.pieces(body), split_reasoning=split) for job in jobs], style)
 
     def warn_unknown(self, names: list[str]) -> None:
         for name in names:
@@ -119,35 +156,15 @@ class Endpoint(Generic[Body]):
         self._kind: type[Body] = kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        generator = self._generator
-        if generator.refusal:
-            raise generator.refusal
-        generator.active += 1
-        generator.metrics.running.set(generator.active)
-        try:
+        with self._generator.taking():
             await self.answer(scope, receive, send)
-        except MoeculeError as error:
-            generator.metrics.failed(error.code)
-            raise
-        finally:
-            generator.active -= 1
-            generator.metrics.running.set(generator.active)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await self._generator.read_body(scope, receive, self._kind)
-        check(body)
-        preparer = self._generator.preparer
-        if isinstance(body, ChatBody):
-            jobs = await preparer.chat(body)
-            style: Style = ChatStyle(preparer.tokenizer, Wanted.of(body))
-        else:
-            assert isinstance(body, CompletionBody)
-            jobs = await preparer.completion(body)
-            style = TextStyle(preparer.tokenizer, Wanted.of(body))
-        split = isinstance(body, ChatBody) and preparer.tokenizer.reasons
-        outputs = [Output(job, preparer.pieces(body), split_reasoning=split) for job in jobs]
+        jobs, outputs, style = await self._generator.plan(body)
         include_usage = bool(body.stream) and body.include_usage
-        writer = Writer(style, scope["moecule.request_id"], preparer.name, include_usage=include_usage)
+        name = self._generator.preparer.name
+        writer = Writer(style, scope["moecule.request_id"], name, include_usage=include_usage)
         if body.stream:
             await self._stream(body, jobs, outputs, writer, receive, send)
         else:
@@ -162,7 +179,7 @@ class Endpoint(Generic[Body]):
             deltas[index].add(delta)
 
         await self._generator.run(jobs, outputs, receive, keep)
-        size = sum(map(_entries, deltas))
+        size = sum(map(entries, deltas))
         data = await off_loop(size, writer.whole, deltas, usage_of(body, jobs, outputs))
         await send_json(send, data)
 
@@ -173,7 +190,7 @@ class Endpoint(Generic[Body]):
 
         async def pass_on(index: int, delta: Delta) -> None:
             usage = usage_of(body, jobs, outputs) if body.continuous_usage else None
-            await events.send(await off_loop(_entries(delta), writer.part, index, delta, usage))
+            await events.send(await off_loop(entries(delta), writer.part, index, delta, usage))
 
         if error := await self._generator.run_told(jobs, outputs, receive, pass_on, events):
             await events.end(error_event(error))
@@ -207,7 +224,7 @@ async def send_json(send: Send, data: bytes, status: int = 200, headers: Sequenc
     await send({"type": "http.response.body", "body": data})
 
 
-def usage_of(body: ChatBody | CompletionBody, jobs: list[Job], outputs: list[Output]) -> Usage:
+def usage_of(body: AnyBody, jobs: list[Job], outputs: list[Output]) -> Usage:
     """A prompt counts once, however many choices it has."""
     firsts = range(0, len(jobs), body.n or 1)
     prompt_tokens = sum(len(jobs[i].prompt) for i in firsts)
@@ -243,7 +260,7 @@ async def _blaming(job: Job) -> AsyncIterator[None]:
         raise
 
 
-def _entries(delta: Delta) -> int:
+def entries(delta: Delta) -> int:
     """Tokens whose logprobs or ids are to be written."""
     return len(delta.scored) + (len(delta.prompt.tokens) if delta.prompt else 0)
 

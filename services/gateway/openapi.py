@@ -155,6 +155,7 @@ OPERATIONS = (
     ),
     Operation("get", "/metrics", "Operate", "Every actor's metrics, for Prometheus", media="text/plain"),
     Operation("get", "/openapi.json", "Operate", "This document"),
+    Operation("get", "/asyncapi.json", "Operate", "The same of the NATS door, as an AsyncAPI document"),
     Operation("get", "/docs", "Operate", "This document as a page to read", media="text/html"),
 )  # fmt: skip
 
@@ -279,16 +280,21 @@ def _schemas(served: Served) -> dict[str, Any]:
     schemas["ChatCompletionChunk"] = _answer(answer, ChatChoice)
     schemas["Completion"] = _answer(answer, TextChoice)
     for schema in schemas.values():
-        _without_vain_defaults(schema)
+        without_vain_defaults(schema)
     for kind in BODIES:
-        for name, schema in schemas[kind.__name__]["properties"].items():
-            if text := meaning(kind.__name__, name):
-                schema["description"] = text
-            _narrow(name, schema, served)
+        explain(schemas[kind.__name__], kind.__name__, served)
     return dict(sorted(schemas.items()))
 
 
-def _without_vain_defaults(schema: dict[str, Any]) -> None:
+def explain(schema: dict[str, Any], kind: str, served: Served) -> None:
+    """Say of each field of a body what it means, and what this server takes."""
+    for name, field in schema["properties"].items():
+        if text := meaning(kind, name):
+            field["description"] = text
+        _narrow(name, field, served)
+
+
+def without_vain_defaults(schema: dict[str, Any]) -> None:
     """Null means that a field is left out: what holds then is said in words. An empty list says nothing either."""
     for field in schema.get("properties", {}).values():
         if field.get("default", ...) in (None, ()):

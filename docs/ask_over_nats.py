@@ -1,0 +1,20 @@
+import asyncio
+import json
+
+import nats
+
+REQUEST = {"model": "tiny", "messages": [{"role": "user", "content": "What is 47 + 85?"}], "temperature": 0}
+
+
+async def main() -> None:
+    async with await nats.connect("nats://127.0.0.1:4222") as client:
+        answers = await client.subscribe(inbox := client.new_inbox())
+        await client.publish("moecule.v1.generate", json.dumps(REQUEST).encode(), reply=inbox)
+        async for message in answers.messages:
+            answer = json.loads(message.data)
+            print(answer.get("reasoning") or answer.get("text") or answer.get("error") or "", end="", flush=True)
+            if answer["type"] in ("end", "error"):
+                break
+
+
+asyncio.run(main())
