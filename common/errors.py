@@ -5,6 +5,7 @@ MoeculeError
 ├── InvalidRequest            400
 │   ├── ContextLengthExceeded 400
 │   ├── InvalidKey            401
+│   ├── NotAllowed            403
 │   ├── ModelNotFound         404
 │   ├── NotFound              404
 │   ├── MethodNotAllowed      405
@@ -13,8 +14,8 @@ MoeculeError
 ├── RequestCancelled          499
 ├── Overloaded                429: the queues
 ├── RateLimited               429: a limit of the caller's own key
+├── DeadlineExceeded          408: the time that the caller gave is over
 ├── InternalError             500
-├── DeadlineExceeded          504: the time that the caller gave is over
 └── Unavailable               503
     ├── NoWorker              no worker can take the request
     ├── ExpertsUnavailable    some expert lives on no live shard
@@ -62,6 +63,10 @@ class InvalidKey(InvalidRequest):
     status, code = 401, "invalid_api_key"
 
 
+class NotAllowed(InvalidRequest):
+    status, code = 403, "not_allowed"
+
+
 class ModelNotFound(InvalidRequest):
     status, code = 404, "model_not_found"
 
@@ -99,7 +104,7 @@ class RateLimited(MoeculeError):
 
 
 class DeadlineExceeded(MoeculeError):
-    status, type, code = 504, "timeout_error", "deadline_exceeded"
+    status, type, code = 408, "timeout_error", "deadline_exceeded"
 
 
 class Unavailable(MoeculeError):
