@@ -175,7 +175,9 @@ class Streams:
             await self._admit(stream, job)
             return
         try:
-            await within(self._clock, job.deadline - self._clock.now(), self._admit(stream, job))
+            if (left := job.deadline - self._clock.now()) <= 0:
+                raise TimeoutError
+            await within(self._clock, left, self._admit(stream, job))
         except TimeoutError:
             raise DeadlineExceeded("the request's deadline passed before a worker took it") from None
 
