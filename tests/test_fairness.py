@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
 from common.clock import FakeClock
 from common.errors import Overloaded
@@ -15,6 +16,7 @@ from common.messages import Assign, WorkerBeat
 from common.pages import PAGE
 from services.gpu_worker.planner import Planner, Sequence
 from services.gpu_worker.turns import Turns
+from services.gpu_worker.waits import TenantWaits
 from services.scheduler.placement import Placement
 from tests.test_planner import planner, request, step
 
@@ -122,6 +124,15 @@ async def test_a_tenant_with_one_request_keeps_its_pages_when_anothers_grow() ->
     assert served.planner.take_preemptions() > 0
 
 
+async def test_a_prompt_under_way_goes_on_while_the_next_one_finds_no_room() -> None:
+    served = Served(pages=8, max_batch=8, chunk=50)
+    first = served.add("a", 5 * PAGE, out=2)
+    await served.steps()
+    served.add("b", 6 * PAGE)
+    await served.steps(6)
+    assert first.outputs == 1
+
+
 async def test_nobody_takes_a_place_back_and_forth() -> None:
     served = Served(max_batch=2)
     for tenant in "aab":
@@ -158,6 +169,19 @@ async def test_pages_are_not_taken_from_who_has_no_more_than_its_share() -> None
     assert not late.outputs, "what becomes free is kept for the one that is next"
     await served.steps(20)
     assert large.outputs
+
+
+async def test_how_long_each_waits_is_told() -> None:
+    served, registry, waits = Served(max_batch=2, pages=100), CollectorRegistry(), TenantWaits()
+    registry.register(waits)
+    for tenant, arrived in (("a", 1.0), ("a", 2.0), ("a", 2.5), ("b", 3.0)):
+        served.add(tenant, 4, out=3).arrived = arrived
+    for now in (4.0, 5.0, 6.0):
+        await served.steps(3)  # one of a's makes place for b's, and comes back: that is no second wait
+        waits.add(served.planner.take_started(), now)
+    name = "moecule_tenant_queue_time_seconds"
+    told = {t: [registry.get_sample_value(f"{name}_{w}", {"tenant": t}) for w in ("count", "sum")] for t in "ab"}
+    assert told == {"a": [3, 3 + 2 + 3.5], "b": [1, 1]}
 
 
 # ---- priorities

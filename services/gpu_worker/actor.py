@@ -88,6 +88,7 @@ class Worker(Actor):
         self.links.on_change = self.beat_now
         self.grammars = await asyncio.to_thread(Grammars, settings.model, self.config)
         self.engine = await asyncio.to_thread(self._make_engine)
+        self.metrics.register(self.engine.waits)
         self.bounds = Bounds(
             vocab=self.config.vocab,
             context=self.config.context_within(settings.max_context),

@@ -41,6 +41,7 @@ class Sequence:
     preemptions: int = 0
     scores: list[TokenLogprobs] | None = None
     constraint: Constraint | None = None
+    arrived: float = 0.0  # perf_counter() when it came
 
     @classmethod
     def of(cls, request: Generate, arrival: int, constraint: Constraint | None = None) -> Sequence:
@@ -153,6 +154,7 @@ class Planner:
         self.turns = Turns()
         self._waiting: dict[str, list[Sequence]] = {}  # tenant -> its queue, the next one first
         self._running_of = Counter[str]()  # tenant -> how many of its run
+        self._started: list[Sequence] = []  # for the first time, since they were last asked for
         self._arrivals = 0
         self._preemptions = 0
 
@@ -186,6 +188,11 @@ class Planner:
         """How many there were since the last call."""
         count, self._preemptions = self._preemptions, 0
         return count
+
+    def take_started(self) -> list[Sequence]:
+        """Those that were admitted for the first time since the last call."""
+        started, self._started = self._started, []
+        return started
 
     def plan(self) -> Plan:
         budget = self.pace.tokens(sum(s.left == 1 for s in self.running))
@@ -351,6 +358,7 @@ class Planner:
         sequence.epoch = self.allocator.epoch
         if not sequence.preemptions:
             sequence.cached = sequence.computed
+            self._started.append(sequence)
         sequence.pages += pages
         self._take_out(sequence)
         # Preempted ones come back before younger ones that were never preempted: keep the oldest first.
