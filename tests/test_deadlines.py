@@ -9,8 +9,9 @@ import pytest
 
 from common.clock import FakeClock, RealClock
 from common.errors import DeadlineExceeded, Overloaded
-from common.messages import Generate, Sampling
+from common.messages import Generate, Grammar, Sampling
 from services.gateway.streams import OVERDUE_SECONDS
+from services.gpu_worker.actor import ADMISSIONS
 from services.gpu_worker.streams import Streams
 from tests.compose import compose, greedy
 from tests.test_gateway_streams import World, a_job, world
@@ -133,3 +134,25 @@ async def test_a_tenant_leaves_places_in_the_queue_and_a_lone_request_does_not_w
             await client.abort(request)
             await client.wait(request, 20)
         assert cluster.workers[0].beat().tenants == {}
+
+
+async def test_grammars_of_one_tenant_leave_admissions_for_others() -> None:
+    async with compose() as cluster:
+        client, compiled = cluster.client, asyncio.Event()
+
+        async def compile_for_long(_: Grammar) -> None:
+            await compiled.wait()
+
+        cluster.workers[0].grammars.constraint = compile_for_long
+        held = greedy(4, grammar=Grammar("regex", "a+"))
+        tasks = [asyncio.create_task(client.send([n + 5], held, worker="worker-1", tenant="a")) for n in range(40)]
+        async with asyncio.timeout(5):
+            while sum(task.done() for task in tasks) < 40 - ADMISSIONS // 2:
+                await asyncio.sleep(0.001)
+        for task in tasks:
+            assert not task.done() or "'a' has 8 requests in it" in str(task.exception())
+        one = await asyncio.wait_for(client.send([3], greedy(4), worker="worker-1", tenant="b"), 5)
+        assert (await client.wait(one, 20)).last.finish
+        compiled.set()
+        await asyncio.wait(tasks)
+        assert not cluster.workers[0]._compiling

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 from common.actor import Actor
@@ -29,6 +30,7 @@ from common.messages import (
     GatewayBeat,
     Generate,
     GetMap,
+    Grammar,
     Message,
     Ok,
     PagesChanged,
@@ -45,7 +47,7 @@ from common.pages import PAGE
 from common.source import open_source
 from services.gpu_worker.admission import Bounds
 from services.gpu_worker.engine import Engine, Stats, StepOutput
-from services.gpu_worker.grammar import Grammars
+from services.gpu_worker.grammar import Constraint, Grammars
 from services.gpu_worker.links import ExpertLinks
 from services.gpu_worker.membership import Membership
 from services.gpu_worker.metrics import WorkerMetrics
@@ -77,6 +79,7 @@ class Worker(Actor):
         self.streams = Streams(self.clock)
         self.metered = WorkerMetrics(self.metrics)
         self._stats = Stats(0, 0, 0, 0)
+        self._compiling = Counter[str]()  # tenant -> its admissions that wait for a grammar
         self._admitted_tokens = 0  # prompt tokens handed to the engine since its last step
         self._gateways: dict[str, tuple[str, float]] = {}  # id -> (boot id, when it was last heard)
         self._pages: set[bytes] = set()
@@ -199,13 +202,26 @@ class Worker(Actor):
         self._refuse_for_now(message, ends)
         constraint = None
         if message.sampling.grammar is not None:
-            constraint = await self.grammars.constraint(message.sampling.grammar)
+            constraint = await self._constraint(message.tenant, message.sampling.grammar)
             self._refuse_for_now(message, ends)  # others came meanwhile
         self._gateways.setdefault(message.gateway_id, ("", self.clock.now()))
         self.streams.open(message, ends)
         self._admitted_tokens += len(message.prompt)
         self.engine.submit(message, constraint)
         return Ok()
+
+    async def _constraint(self, tenant: str, grammar: Grammar) -> Constraint:
+        """Grammars that take long to compile hold admissions, and those are shared as the queue is."""
+        places = tenant, self._compiling[tenant], self._compiling.total(), ADMISSIONS
+        if not has_room(*places):
+            raise Overloaded(why_no_room(*places, f"the grammar compiler of worker {self.id}"))
+        self._compiling[tenant] += 1
+        try:
+            return await self.grammars.constraint(grammar)
+        finally:
+            self._compiling[tenant] -= 1
+            if not self._compiling[tenant]:
+                del self._compiling[tenant]
 
     def _refuse_for_now(self, request: Generate, ends: float | None) -> None:
         if request.request_id in self.streams:
