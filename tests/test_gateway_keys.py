@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import html
+import os
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from common.messages import Message, Ok, subject
 from common.settings import Settings
 from services.gateway.keys import ADMIN_PATHS, OPEN_PATHS
 from services.gateway.openapi import OPERATIONS
+from services.gateway.samples import SAMPLES, Sample
 from tests.api_front import QUESTION, Front, make_front
 
 ALICE, SMALL, OPS = "mk-alice-0123456789", "mk-small-0123456789", "mk-ops-0123456789"
@@ -106,6 +110,26 @@ async def test_an_admin_may_do_what_concerns_everyone(front: Front) -> None:
 async def test_a_huge_body_is_not_read_for_whoever_has_no_key(front: Front) -> None:
     error(await front.http.post(CHAT, content=b"x" * 30_000), 401, "invalid_api_key")
     error(await front.http.post(CHAT, content=b"x" * 30_000, headers=auth(ALICE)), 413, "body_too_large")
+
+
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.name in ("ask", "forget")], ids=lambda sample: sample.name)
+async def test_the_examples_send_the_key(front: Front, sample: Sample) -> None:
+    base_url = str(front.http.base_url).rstrip("/")
+    shell, page = sample.shell(base_url, "tiny", key=True), html.unescape((await front.http.get("/docs")).text)
+    assert shell in page and "Authorization: Bearer KEY" in page
+    for key, passes in ((OPS, True), ("mk-nobody-0123456789", False)):
+        command = shell.replace("curl ", "curl -sS --fail-with-body ", 1)
+        process = await asyncio.create_subprocess_shell(command, env=os.environ | {"MOECULE_KEY": key}, stdout=-1)
+        out, _ = await process.communicate()
+        assert (process.returncode == 0, b"invalid_api_key" in out) == (passes, not passes)
+        if sample.call:
+            source = sample.python(base_url, "tiny", key=True)
+            assert source in page
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", source, env=os.environ | {"MOECULE_KEY": key}, stdout=-1, stderr=-1
+            )
+            out, err = await process.communicate()
+            assert (out == b"It is 132.\n") if passes else (b"AuthenticationError" in err), err.decode()
 
 
 # ---- what each may have

@@ -201,7 +201,8 @@ def document(served: Served) -> dict[str, Any]:
         "info": {
             "title": "Moecule",
             "version": VERSION,
-            "description": f"The OpenAI API of a server that has the model `{served.model}`.",
+            "description": f"The OpenAI API of a server that has the model `{served.model}`."
+            + (" It asks for a key: `Authorization: Bearer KEY`." if served.keys else ""),
         },
         "servers": [{"url": served.base_url}],
         "tags": [{"name": tag} for tag in dict.fromkeys(operation.tag for operation in OPERATIONS)],
@@ -252,9 +253,9 @@ def _operation(operation: Operation, served: Served) -> dict[str, Any]:
 
 
 def _codes(sample: Sample, served: Served) -> list[dict[str, str]]:
-    sources = {"Shell": sample.shell(served.base_url, served.model)}
+    sources = {"Shell": sample.shell(served.base_url, served.model, key=served.keys)}
     if sample.call:
-        sources["Python"] = sample.python(served.base_url, served.model)
+        sources["Python"] = sample.python(served.base_url, served.model, key=served.keys)
     return [
         {"lang": lang, "label": sample.title, "x-says": sample.says, "source": source}
         for lang, source in sources.items()
