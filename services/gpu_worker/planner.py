@@ -205,10 +205,12 @@ class Planner:
     def _plan_decodes(self) -> list[Chunk]:
         chunks = []
         for sequence in list(self.running):
-            if sequence.left != 1 or sequence.full or sequence not in self.running:
+            if sequence.left != 1 or sequence.full or not sequence.pages:
                 continue  # in its prompt, about to end, or preempted for another in this very loop
             if self._grow(sequence):
-                chunks.append(self._chunk(sequence, 1))
+                chunks.append(Chunk(sequence, sequence.computed, 1, sequence.preemptions))
+        for tenant, rows in Counter(chunk.sequence.tenant for chunk in chunks).items():
+            self.turns.had(tenant, rows)
         return chunks
 
     def _plan_prefills(self, budget: int) -> list[Chunk]:
@@ -218,7 +220,7 @@ class Planner:
         begun = [s for s in self.running if s.left > 1]
         may_admit = True
         while budget:
-            begun = [s for s in begun if s in self.running]
+            begun = [s for s in begun if s.pages]
             candidates = begun + (self._heads() if may_admit else [])
             if not candidates:
                 break
@@ -228,8 +230,10 @@ class Planner:
             elif not self._admit(chosen):
                 may_admit = False
                 continue
-            chunks.append(self._chunk(chosen, min(chosen.left, budget)))
-            budget -= chunks[-1].rows
+            rows = min(chosen.left, budget)
+            chunks.append(Chunk(chosen, chosen.computed, rows, chosen.preemptions))
+            self.turns.had(chosen.tenant, rows)
+            budget -= rows
         return chunks
 
     def _turn(self, sequence: Sequence) -> tuple[int, bool, int, bool, int]:
@@ -245,10 +249,6 @@ class Planner:
             if other is None or sequence.order < other.order:
                 heads[sequence.tenant] = sequence
         return [sequence for sequence in heads.values() if not sequence.unknown]
-
-    def _chunk(self, sequence: Sequence, rows: int) -> Chunk:
-        self.turns.had(sequence.tenant, rows)
-        return Chunk(sequence, sequence.computed, rows, sequence.preemptions)
 
     def advance(self, plan: Plan) -> None:
         """The rows of `plan` are in the cache for every later step, and each sampled sequence is a token longer."""
@@ -291,7 +291,9 @@ class Planner:
     def _grow(self, sequence: Sequence) -> bool:
         """Give `sequence` the page for its next row, taking it from another; False if it lost its own."""
         need = -(-(sequence.computed + 1) // PAGE) - len(sequence.pages)
-        while (pages := self.allocator.allocate(max(need, 0))) is None:
+        if need <= 0:
+            return True
+        while (pages := self.allocator.allocate(need)) is None:
             victim = max(self.running, key=self._dispensable)
             self._preempt(victim)
             if victim is sequence:
