@@ -4,13 +4,17 @@ MoeculeError
 ├── ConfigError               the start must end (exit 78): setting, checkpoint or model
 ├── InvalidRequest            400
 │   ├── ContextLengthExceeded 400
+│   ├── InvalidKey            401
+│   ├── NotAllowed            403
 │   ├── ModelNotFound         404
 │   ├── NotFound              404
 │   ├── MethodNotAllowed      405
 │   ├── BodyTimeout           408
 │   └── BodyTooLarge          413
 ├── RequestCancelled          499
-├── Overloaded                429
+├── Overloaded                429: the queues
+├── RateLimited               429: a limit of the caller's own key
+├── DeadlineExceeded          408: the time that the caller gave is over
 ├── InternalError             500
 └── Unavailable               503
     ├── NoWorker              no worker can take the request
@@ -31,7 +35,7 @@ class MoeculeError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
-    retry_after: ClassVar[int | None] = None  # seconds; None: a retry is useless
+    retry_after: int | None = None  # seconds; None: a retry is useless
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -53,6 +57,14 @@ class InvalidRequest(MoeculeError):
 
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class InvalidKey(InvalidRequest):
+    status, code = 401, "invalid_api_key"
+
+
+class NotAllowed(InvalidRequest):
+    status, code = 403, "not_allowed"
 
 
 class ModelNotFound(InvalidRequest):
@@ -81,6 +93,18 @@ class RequestCancelled(MoeculeError):
 
 class Overloaded(MoeculeError):
     status, type, code, retry_after = 429, "rate_limit_error", "overloaded", 1
+
+
+class RateLimited(MoeculeError):
+    status, type, code, retry_after = 429, "rate_limit_error", "rate_limit_exceeded", 1
+
+    def __init__(self, message: str, param: str | None = None, retry_after: int = 1) -> None:
+        super().__init__(message, param)
+        self.retry_after = retry_after
+
+
+class DeadlineExceeded(MoeculeError):
+    status, type, code = 408, "timeout_error", "deadline_exceeded"
 
 
 class Unavailable(MoeculeError):

@@ -120,6 +120,7 @@ class WorkerBeat(Message):
     pending_tokens: int = 0  # prompt tokens admitted and not yet computed
     pages_used: int = 0
     pages_total: int = 0
+    tenants: dict[str, int] = {}  # requests that each of them holds here, running ones included
     own_experts: bool = False  # it needs no shard
 
 
@@ -178,13 +179,19 @@ class Sampling(Message):
 
 
 class Generate(Message):
-    """One request, admitted by the worker it is sent to. `prompt` are token ids."""
+    """One request, admitted by the worker it is sent to. `prompt` are token ids.
+
+    `tenant`: whose it is, empty where nobody is told apart. `priority`: lower is earlier, as vLLM has it. `deadline`:
+    seconds that are left of it when this is sent, since the clocks of nodes differ; None: it has none.
+    """
 
     request_id: str
     gateway_id: Id
     prompt: tuple[int, ...]
     sampling: Sampling
     tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None
     salt: str = ""
 
 
@@ -193,6 +200,7 @@ class Assign(Message):
     prompt_tokens: int
     max_tokens: int
     page_hashes: tuple[bytes, ...] = ()
+    tenant: str = ""
 
 
 class Assigned(Message):

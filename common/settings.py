@@ -83,6 +83,7 @@ class Settings:
     prefix_cache: bool = setting(True, "reuse the KV pages of equal prefixes")
     pin: bool = setting(False, "bind each worker and shard to processor cores of its own")
     threads: int = setting(1, "intra-op threads of a worker or shard on CPU", low=1, high=256, unit="threads")
+    api_keys: str = setting("", "file with a line an API key (see services/gateway/keys.py); empty: none is asked for")
     cors_origins: str = setting(
         "", "web origins whose pages may call the gateway; *: all", pattern=ORIGINS_PATTERN, says=ORIGINS_WORDS
     )

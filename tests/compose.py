@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from common.actor import Actor, Running, running
 from common.bus import Bus
+from common.clock import Clock
 from common.memory_bus import MemoryBroker, MemoryBus
 from common.messages import (
     Abort,
@@ -79,7 +80,9 @@ class Client:
             if chunk.finish:
                 result.done.set()
 
-    async def send(self, prompt: list[int], sampling: Sampling, *, worker: str = "", salt: str = "") -> str:
+    async def send(
+        self, prompt: list[int], sampling: Sampling, *, worker: str = "", salt: str = "", **others: object
+    ) -> str:
         """Admit a request; its id. Raises what the scheduler or the worker refuses it with."""
         request_id = f"r{next(self._numbers)}"
         if not worker:
@@ -93,7 +96,7 @@ class Client:
         self.results[request_id] = Result()
         self.worker_of[request_id] = worker
         message = Generate(
-            request_id=request_id, gateway_id=self.id, prompt=tuple(prompt), sampling=sampling, salt=salt
+            request_id=request_id, gateway_id=self.id, prompt=tuple(prompt), sampling=sampling, salt=salt, **others
         )
         await self.bus.request(subject("worker", worker, "admit"), message)
         return request_id
@@ -143,7 +146,10 @@ class Composed:
 
 
 @contextlib.asynccontextmanager
-async def compose(model: str = TINY, *, workers: int = 1, shards: int = 2, **settings) -> AsyncIterator[Composed]:
+async def compose(
+    model: str = TINY, *, workers: int = 1, shards: int = 2, clock: Clock | None = None, **settings
+) -> AsyncIterator[Composed]:
+    """`clock`: the workers'."""
     settings = replace(Settings(model=str(model), drain_seconds=0.5, kv_pages=256), **settings)
     broker = MemoryBroker()
     async with contextlib.AsyncExitStack() as stack:
@@ -161,7 +167,7 @@ async def compose(model: str = TINY, *, workers: int = 1, shards: int = 2, **set
         made = Composed(
             client=client,
             scheduler=Scheduler(await bus(), settings, actor_id="scheduler-1"),
-            workers=[Worker(await bus(), settings, actor_id=f"worker-{n + 1}") for n in range(workers)],
+            workers=[Worker(await bus(), settings, clock=clock, actor_id=f"worker-{n + 1}") for n in range(workers)],
             shards=[ExpertShard(await bus(), settings, actor_id=f"shard-{n + 1}") for n in range(shards)],
             broker=broker,
             stack=stack,

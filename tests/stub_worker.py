@@ -141,6 +141,7 @@ class StubScheduler:
         self.bus, self.workers = bus, list(workers)
         self.asked: list[Assign] = []
         self.refusal: MoeculeError | None = None
+        self.deaf = False  # it has a subscription, and answers nothing
         self.reason = ""
 
     async def start(self) -> None:
@@ -153,6 +154,8 @@ class StubScheduler:
     async def _on_assign(self, _: str, message: Message) -> Message:
         assert isinstance(message, Assign)
         self.asked.append(message)
+        if self.deaf:
+            await asyncio.Event().wait()
         if self.refusal:
             raise self.refusal
         worker = self.workers[(len(self.asked) - 1) % len(self.workers)]

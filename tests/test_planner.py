@@ -15,10 +15,13 @@ from services.gpu_worker.planner import Planner
 
 
 def request(
-    prompt: list[int], *, max_tokens: int = 8, tenant: str = "", name: str = "r", scored: bool = False
-) -> Generate:
+    prompt: list[int], *, max_tokens: int = 8, tenant: str = "", name: str = "r", scored: bool = False,
+    priority: int = 0,
+) -> Generate:  # fmt: skip
     sampling = Sampling(max_tokens=max_tokens, prompt_logprobs=0 if scored else None)
-    return Generate(request_id=name, gateway_id="g", prompt=tuple(prompt), sampling=sampling, tenant=tenant)
+    return Generate(
+        request_id=name, gateway_id="g", prompt=tuple(prompt), sampling=sampling, tenant=tenant, priority=priority
+    )
 
 
 def planner(pages: int = 16, *, max_batch: int = 4, chunk: int = 100, prefix_cache: bool = True) -> Planner:
@@ -161,13 +164,15 @@ class Arrivals(RuleBasedStateMachine):
         length=st.integers(1, 4 * PAGE),
         shared=st.booleans(),
         out=st.integers(1, PAGE),
-        tenant=st.sampled_from("ab"),
+        tenant=st.sampled_from("abc"),
         scored=st.booleans(),
+        priority=st.sampled_from((0, 0, 1)),
     )
-    def arrive(self, length: int, shared: bool, out: int, tenant: str, scored: bool) -> None:
+    def arrive(self, length: int, shared: bool, out: int, tenant: str, scored: bool, priority: int) -> None:
         self.names += 1
         prompt = [1 if shared else self.names] * length
-        self.planner.add(request(prompt, max_tokens=out, tenant=tenant, name=str(self.names), scored=scored))
+        fields = dict(max_tokens=out, tenant=tenant, name=str(self.names), scored=scored, priority=priority)
+        self.planner.add(request(prompt, **fields))
 
     @rule()
     def forget(self) -> None:

@@ -18,6 +18,7 @@ from services.gateway.cache import Forgotten, forget_pages
 from services.gateway.cors import Cors, origins_of
 from services.gateway.door import Door
 from services.gateway.generate import Generator
+from services.gateway.keys import Keys
 from services.gateway.metrics import GatewayMetrics, everyones_metrics
 from services.gateway.peers import Peers
 from services.gateway.prepare import Preparer
@@ -40,6 +41,7 @@ class Gateway(Actor):
         settings = self.settings
         config = await asyncio.to_thread(ModelConfig.load, settings.model, settings.weights)
         tokenizer = await asyncio.to_thread(Tokenizer, settings.model)
+        self.keys = await asyncio.to_thread(Keys, settings.api_keys, self.clock, self.log)
         metrics = GatewayMetrics(self.metrics)
         self.leaving = False
         self.peers = Peers(self.bus, self.clock)
@@ -49,6 +51,7 @@ class Gateway(Actor):
         self.generator = Generator(preparer, self.streams, metrics, self.clock, self.log, *limits)
         app = App(
             self.generator,
+            self.keys,
             metrics,
             self._why_not_ready,
             self._metrics_text,
@@ -58,7 +61,14 @@ class Gateway(Actor):
             asyncapi_page(Broker(settings.nats_url, preparer.name, config.vocab)),
         )
         self.door = Door(
-            self.bus, self.id, self.generator, app.model_list, self.clock, self._spawn_unless_leaving, self.log
+            self.bus,
+            self.id,
+            self.generator,
+            self.keys,
+            app.model_list,
+            self.clock,
+            self._spawn_unless_leaving,
+            self.log,
         )
         whole = Cors(app, origins_of(settings.cors_origins))
         self.server = HttpServer(
@@ -68,6 +78,7 @@ class Gateway(Actor):
             await self.bus.subscribe("moecule.v1.*.*.beat", self._on_beat),
             await self.streams.start(),
         ]
+        self.spawn(self.keys.follow(), "keys")
         self.spawn(self._serve(), "http")
         await self.door.open()
         self.log.info("listening", url=f"http://{settings.host}:{self.port}", model=settings.served_name)

@@ -17,10 +17,20 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from common.errors import InternalError, MethodNotAllowed, MoeculeError, NotFound, NoWorker, RequestCancelled
+from common.errors import (
+    InternalError,
+    InvalidKey,
+    MethodNotAllowed,
+    MoeculeError,
+    NotAllowed,
+    NotFound,
+    NoWorker,
+    RequestCancelled,
+)
 from services.gateway.cache import Forgotten
 from services.gateway.docs_page import docs_page
 from services.gateway.generate import Endpoint, Generator, send_json
+from services.gateway.keys import ADMIN_PATHS, OPEN_PATHS, Keys, bearer
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.openapi import ModelCard, ModelList, Served, Status, document
 from services.gateway.protocol import ChatBody, CompletionBody
@@ -36,6 +46,7 @@ class App:
     def __init__(
         self,
         generator: Generator,
+        keys: Keys,
         metrics: GatewayMetrics,
         why_not_ready: Callable[[], str],
         metrics_text: Callable[[], Awaitable[str]],
@@ -47,6 +58,7 @@ class App:
         self._preparer = generator.preparer
         self._read_body = generator.read_body
         self._counter = Counter(generator.preparer)
+        self._keys = keys
         self._metrics = metrics
         self._why_not_ready = why_not_ready
         self._metrics_text = metrics_text
@@ -82,6 +94,7 @@ class App:
         scope["moecule.request_id"] = answer.request_id
         scope["app"] = self  # makes the router raise its 404 and 405 instead of answering in plain text
         try:
+            self._check_key(scope)
             await self._router(scope, receive, answer)
         except HTTPException as error:
             await self._fail(answer, _as_ours(error, scope), scope, error.headers or {})
@@ -94,6 +107,14 @@ class App:
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.answered(path, answer.status)
+
+    def _check_key(self, scope: Scope) -> None:
+        """Raises InvalidKey or NotAllowed. Endpoints find whoever asks in the scope."""
+        if scope["path"] in OPEN_PATHS:
+            return
+        caller = scope["moecule.caller"] = self._keys.caller(bearer(scope["headers"]))
+        if scope["path"] in ADMIN_PATHS and not caller.key.admin:
+            raise NotAllowed(f"key {caller.key.name!r} may not do this: it concerns everyone, and needs admin=1")
 
     async def _fail(
         self, answer: _Tagged, error: MoeculeError, scope: Scope, extra: Mapping[str, str] | None = None
@@ -108,6 +129,8 @@ class App:
             tell = self._log.debug if scope["path"] == "/ready" else self._log.warning
             tell("refused", path=scope["path"], code=error.code, why=error.message)
         headers = _retry_headers(error)
+        if isinstance(error, InvalidKey):
+            headers.append((b"www-authenticate", b"Bearer"))
         headers += [(name.lower().encode(), value.encode()) for name, value in (extra or {}).items()]
         await send_json(answer, error_body(error), error.status, headers)
 
@@ -130,12 +153,14 @@ class App:
         return _json(self._card())
 
     async def _tokenize(self, request: Request) -> Response:
-        body = await self._read_body(request.scope, request.receive, TokenizeBody)
-        return _json(await self._counter.tokenize(body))
+        with request.scope["moecule.caller"].request():
+            body = await self._read_body(request.scope, request.receive, TokenizeBody)
+            return _json(await self._counter.tokenize(body))
 
     async def _detokenize(self, request: Request) -> Response:
-        body = await self._read_body(request.scope, request.receive, DetokenizeBody)
-        return _json(await self._counter.detokenize(body))
+        with request.scope["moecule.caller"].request():
+            body = await self._read_body(request.scope, request.receive, DetokenizeBody)
+            return _json(await self._counter.detokenize(body))
 
     async def _reset_prefix_cache(self, _: Request) -> Response:
         return _json(await self._forget_pages())
@@ -162,7 +187,7 @@ class App:
         return Response(_pages(self._served(request))[1], media_type="text/html")
 
     def _served(self, request: Request) -> Served:
-        return Served(_base_url(request), self._preparer.name, self._preparer.config.vocab)
+        return Served(_base_url(request), self._preparer.name, self._preparer.config.vocab, self._keys.wanted)
 
 
 class _Tagged:

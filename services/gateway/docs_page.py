@@ -95,7 +95,9 @@ def _operation(document: dict[str, Any], method: str, path: str, operation: dict
     yield f'<h3 id="{operation["operationId"]}">{_verb(method)}<code>{escape(path)}</code></h3>'
     yield f"<p><b>{escape(operation['summary'])}.</b> {_inline(operation.get('description', ''))}</p>"
     for parameter in operation.get("parameters", ()):
-        yield f"<p>In the path: <code>{escape(parameter['name'])}</code>, {_type(parameter['schema'])}</p>"
+        says = _inline(parameter.get("description", ""))
+        kind, name = _type(parameter["schema"]), escape(parameter["name"])
+        yield f"<p>In the {parameter['in']}: <code>{name}</code>, {kind}. {says}</p>"
     if content := operation.get("requestBody", {}).get("content"):
         name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
         yield "<h4>Body</h4>"

@@ -22,6 +22,7 @@ from common.errors import (
     BodyTooLarge,
     BusUnavailable,
     InternalError,
+    InvalidKey,
     MoeculeError,
     NotFound,
     Overloaded,
@@ -48,6 +49,9 @@ from services.gateway.door_messages import (
     read_request,
 )
 from services.gateway.generate import Generator, Plan, entries, usage_of
+from services.gateway.keys import Keys, bearer
+from services.gateway.limits import Caller as KeyCaller
+from services.gateway.limits import Permit
 from services.gateway.openapi import ModelList
 from services.gateway.output import Delta
 from services.gateway.prepare import off_loop
@@ -133,6 +137,7 @@ class Door:
         bus: Bus,
         gateway_id: str,
         generator: Generator,
+        keys: Keys,
         models: Callable[[], ModelList],
         clock: Clock,
         spawn: Spawn,
@@ -142,6 +147,7 @@ class Door:
         self._line = Line(bus, clock)
         self._gateway_id = gateway_id
         self._generator = generator
+        self._keys = keys
         self._models = models
         self._clock = clock
         self._spawn = spawn
@@ -197,6 +203,14 @@ class Door:
 
     def _on_models(self, message: RawMessage) -> None:
         began = self._clock.now()
+        try:
+            self._caller_of(message)
+        except InvalidKey as error:
+            self._reply(
+                message, _encode(Refused(request_id="", seq=0, error=DoorError.of(error))), error_headers(error)
+            )
+            self._model_list.failed(f"{error.code}: {error.message}")
+            return
         self._reply(message, _encode(self._models()))
         self._model_list.answered(self._clock.now() - began)
 
@@ -235,8 +249,8 @@ class Door:
         try:
             if len(self._callers) > MOST_CALLERS:
                 raise Overloaded(f"this gateway has {MOST_CALLERS} requests over NATS already")
-            with self._generator.taking():
-                await self._follow(message, caller)
+            with self._generator.taking(), self._caller_of(message).request() as permit:
+                await self._follow(message, caller, permit)
             self._generate.answered(self._clock.now() - began)
         except MoeculeError as error:
             await self._fail(caller, error)
@@ -246,6 +260,11 @@ class Door:
             await self._fail(caller, InternalError("internal error"))
         finally:
             del self._callers[caller.request_id]
+
+    def _caller_of(self, message: RawMessage) -> KeyCaller:
+        """Whose key its header holds. Raises InvalidKey."""
+        headers = [(name.lower().encode(), value.encode()) for name, value in message.headers.items()]
+        return self._keys.caller(bearer(headers))
 
     async def _fail(self, caller: Caller, error: MoeculeError) -> None:
         if isinstance(error, RequestCancelled):
@@ -260,14 +279,14 @@ class Door:
         except BusUnavailable as lost:
             self._log.warning("an error was not sent", request=caller.request_id, why=lost.message)
 
-    async def _follow(self, message: RawMessage, caller: Caller) -> None:
+    async def _follow(self, message: RawMessage, caller: Caller, permit: Permit) -> None:
         generator = self._generator
         if len(message.data) > generator.body_limit:
             raise BodyTooLarge(f"the body is larger than the limit of {generator.body_limit} bytes")
         body, unknown = read_request(message.data)
         generator.warn_unknown(unknown)
         with blaming_field(body):
-            plan = await generator.plan(msgspec.structs.replace(body, return_token_ids=True))
+            plan = await generator.plan(msgspec.structs.replace(body, return_token_ids=True), permit)
         await caller.tell(Accepted, cancel=caller.cancel_subject)
         caller.accepted = True
         batches = _Batches(body, plan)

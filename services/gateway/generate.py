@@ -14,6 +14,7 @@ from common.actor import first_leaf
 from common.clock import Clock, within
 from common.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MoeculeError, RequestCancelled
 from services.gateway.bodies import decode_body
+from services.gateway.limits import Permit
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.output import Delta, Output
 from services.gateway.prepare import Job, Preparer, off_loop
@@ -30,6 +31,7 @@ JSON_HEADERS = [(b"content-type", b"application/json")]
 REMEMBERED_FIELDS = 1000  # unknown field names that were warned about
 
 AnyStruct = TypeVar("AnyStruct", bound=msgspec.Struct)
+MOST_MILLISECONDS = 86_400_000  # a day
 OnDelta = Callable[[int, Delta], Awaitable[None]]
 
 
@@ -75,7 +77,7 @@ class Generator:
             self.active -= 1
             self.metrics.running.set(self.active)
 
-    async def plan(self, body: AnyBody) -> Plan:
+    async def plan(self, body: AnyBody, permit: Permit) -> Plan:
         """Raises why the body cannot be answered."""
         check(body)
         preparer = self.preparer
@@ -85,6 +87,7 @@ class Generator:
         else:
             jobs = await preparer.completion(body)
             style = TextStyle(preparer.tokenizer, Wanted.of(body))
+        jobs = permit.take(jobs, body.priority, body.timeout)
         split = isinstance(body, ChatBody) and preparer.tokenizer.reasons
         return Plan(jobs, [Output(job, preparer.pieces(body), split_reasoning=split) for job in jobs], style)
 
@@ -156,12 +159,12 @@ class Endpoint(Generic[Body]):
         self._kind: type[Body] = kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._generator.taking():
-            await self.answer(scope, receive, send)
+        with self._generator.taking(), scope["moecule.caller"].request(timeout_of(scope)) as permit:
+            await self.answer(permit, scope, receive, send)
 
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(self, permit: Permit, scope: Scope, receive: Receive, send: Send) -> None:
         body = await self._generator.read_body(scope, receive, self._kind)
-        jobs, outputs, style = await self._generator.plan(body)
+        jobs, outputs, style = await self._generator.plan(body, permit)
         include_usage = bool(body.stream) and body.include_usage
         name = self._generator.preparer.name
         writer = Writer(style, scope["moecule.request_id"], name, include_usage=include_usage)
@@ -229,6 +232,16 @@ def usage_of(body: AnyBody, jobs: list[Job], outputs: list[Output]) -> Usage:
     firsts = range(0, len(jobs), body.n or 1)
     prompt_tokens = sum(len(jobs[i].prompt) for i in firsts)
     return Usage.of(prompt_tokens, outputs, cached_tokens=sum(outputs[i].cached_tokens for i in firsts))
+
+
+def timeout_of(scope: Scope) -> float | None:
+    """Seconds that the header x-request-deadline-ms gives a request. Raises InvalidRequest."""
+    text = dict(scope["headers"]).get(b"x-request-deadline-ms")
+    if text is None:
+        return None
+    if not (text.isdigit() and len(text) < 10 and 1 <= int(text) <= MOST_MILLISECONDS):
+        raise InvalidRequest(f"the header x-request-deadline-ms must be a whole number from 1 to {MOST_MILLISECONDS}")
+    return int(text) / 1e3
 
 
 async def read_all(scope: Scope, receive: Receive, limit: int) -> bytes:

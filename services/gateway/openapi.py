@@ -13,19 +13,25 @@ from common.errors import (
     BodyTooLarge,
     BusTimeout,
     ContextLengthExceeded,
+    DeadlineExceeded,
     Draining,
     ExpertsUnavailable,
     InternalError,
+    InvalidKey,
     InvalidRequest,
     ModelNotFound,
     MoeculeError,
     NoResponders,
+    NotAllowed,
     NoWorker,
     Overloaded,
+    RateLimited,
     Unavailable,
     WorkerLost,
 )
 from services.gateway.cache import Forgotten
+from services.gateway.generate import MOST_MILLISECONDS
+from services.gateway.keys import ADMIN_PATHS, OPEN_PATHS
 from services.gateway.parameters import meaning
 from services.gateway.protocol import ChatBody, CompletionBody
 from services.gateway.response_events import AnyEvent, Response
@@ -95,15 +101,26 @@ class Operation:
         return f"{self.method}{self.path.replace('/', '_').replace('{', '').replace('}', '').replace('.', '_')}"
 
     @property
+    def every_error(self) -> tuple[type[MoeculeError], ...]:
+        guarded = () if self.path in OPEN_PATHS else (InvalidKey,)
+        admin = (NotAllowed,) if self.path in ADMIN_PATHS else ()
+        return (*self.errors, *guarded, *admin, InternalError)
+
+    @property
     def samples(self) -> list[Sample]:
         return [sample for sample in SAMPLES if self.method == "post" and sample.path == self.path]
 
 
 READING = (InvalidRequest, BodyTimeout, BodyTooLarge)
 GENERATING = (
-    *READING, ContextLengthExceeded, ModelNotFound, Overloaded, NoWorker, ExpertsUnavailable, WorkerLost, Draining,
-    NoResponders, BusTimeout,
+    *READING, ContextLengthExceeded, ModelNotFound, DeadlineExceeded, Overloaded, RateLimited, NoWorker,
+    ExpertsUnavailable, WorkerLost, Draining, NoResponders, BusTimeout,
 )  # fmt: skip
+DEADLINE = {
+    "name": "x-request-deadline-ms", "in": "header", "required": False,
+    "description": "Milliseconds from the request's start after which it ends with `deadline_exceeded`.",
+    "schema": {"type": "integer", "minimum": 1, "maximum": MOST_MILLISECONDS},
+}  # fmt: skip
 SSE_SAYS = (
     "With `stream`, server-sent events: each `data:` is one object of this schema{more}. An error after the first "
     "event comes as an event, and the connection closes. "
@@ -113,13 +130,14 @@ OPERATIONS = (
         "post", "/v1/chat/completions", "Generate", "Answer a conversation",
         "OpenAI's chat completions with the parameters of vLLM. Fields that are not listed are ignored.",
         body="ChatBody", answer="ChatCompletion", events="ChatCompletionChunk", errors=GENERATING,
+        parameters=(DEADLINE,),
         answer_says=SSE_SAYS.format(more="; the last one is `[DONE]`"),
     ),
     Operation(
         "post", "/v1/completions", "Generate", "Continue a text",
         "OpenAI's older completions with the parameters of vLLM: what comes after a prompt, with no chat template, and "
         "the logprobs of a given text.",
-        body="CompletionBody", answer="Completion", events="Completion", errors=GENERATING,
+        body="CompletionBody", answer="Completion", events="Completion", errors=GENERATING, parameters=(DEADLINE,),
         answer_says=SSE_SAYS.format(more="; the last one is `[DONE]`"),
     ),
     Operation(
@@ -127,6 +145,7 @@ OPERATIONS = (
         "OpenAI's Responses API, text in and text out. Nothing is kept after an answer: tools and earlier answers by "
         "their id are refused.",
         body="ResponsesBody", answer="Response", events="ResponseEvent", done=False, errors=GENERATING,
+        parameters=(DEADLINE,),
         answer_says=SSE_SAYS.format(more=", and `event:` is its type") + "It ends with the event `response.completed`, "
         "`response.incomplete` or `response.failed`.",
     ),
@@ -137,11 +156,11 @@ OPERATIONS = (
     ),
     Operation(
         "post", "/tokenize", "Tokens", "Tokens of a text or a chat",
-        body="TokenizeBody", answer="Tokens", errors=(*READING, ContextLengthExceeded, ModelNotFound),
+        body="TokenizeBody", answer="Tokens", errors=(*READING, ContextLengthExceeded, ModelNotFound, RateLimited),
     ),
     Operation(
         "post", "/detokenize", "Tokens", "Text of tokens",
-        body="DetokenizeBody", answer="Text", errors=(*READING, ModelNotFound),
+        body="DetokenizeBody", answer="Text", errors=(*READING, ModelNotFound, RateLimited),
     ),
     Operation(
         "post", "/reset_prefix_cache", "Operate", "Empty the prefix cache",
@@ -165,11 +184,13 @@ OPERATIONS = (
 
 @dataclass(frozen=True)
 class Served:
-    """What the document says of this server: its address, its model, how many token ids that has."""
+    """What the document says of this server: its address, its model, how many token ids that has, whether it asks for
+    a key."""
 
     base_url: str
     model: str
     vocab: int
+    keys: bool = False
 
 
 def document(served: Served) -> dict[str, Any]:
@@ -181,13 +202,19 @@ def document(served: Served) -> dict[str, Any]:
         "info": {
             "title": "Moecule",
             "version": VERSION,
-            "description": f"The OpenAI API of a server that has the model `{served.model}`.",
+            "description": f"The OpenAI API of a server that has the model `{served.model}`."
+            + (" It asks for a key: `Authorization: Bearer KEY`." if served.keys else ""),
         },
         "servers": [{"url": served.base_url}],
         "tags": [{"name": tag} for tag in dict.fromkeys(operation.tag for operation in OPERATIONS)],
         "paths": paths,
-        "components": {"schemas": _schemas(served), "headers": _HEADERS},
+        "components": {"schemas": _schemas(served), "headers": _HEADERS} | (_SCHEMES if served.keys else {}),
     }
+
+
+_SCHEMES = {
+    "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "An API key of this server."}}
+}
 
 
 _HEADERS = {
@@ -196,6 +223,7 @@ _HEADERS = {
         "description": "Seconds after which to ask again.",
         "schema": {"type": "string", "pattern": "^\\d+$"},
     },
+    "www-authenticate": {"description": "How to send a key.", "schema": {"const": "Bearer"}},
     "x-should-retry": {
         "description": "`false` where asking again is useless (the openai SDK heeds it).",
         "schema": {"const": "false"},
@@ -214,6 +242,8 @@ def _operation(operation: Operation, served: Served) -> dict[str, Any]:
         found["description"] = operation.says
     if operation.parameters:
         found["parameters"] = list(operation.parameters)
+    if served.keys and operation.path not in OPEN_PATHS:
+        found["security"] = [{"key": []}]
     if operation.body:
         examples = {s.name: {"summary": s.title, "value": s.request(served.model)} for s in operation.samples}
         media = {"schema": _ref(operation.body), "examples": examples}
@@ -224,9 +254,9 @@ def _operation(operation: Operation, served: Served) -> dict[str, Any]:
 
 
 def _codes(sample: Sample, served: Served) -> list[dict[str, str]]:
-    sources = {"Shell": sample.shell(served.base_url, served.model)}
+    sources = {"Shell": sample.shell(served.base_url, served.model, key=served.keys)}
     if sample.call:
-        sources["Python"] = sample.python(served.base_url, served.model)
+        sources["Python"] = sample.python(served.base_url, served.model, key=served.keys)
     return [
         {"lang": lang, "label": sample.title, "x-says": sample.says, "source": source}
         for lang, source in sources.items()
@@ -240,14 +270,14 @@ def _responses(operation: Operation) -> dict[str, Any]:
     tagged = {"x-request-id": {"$ref": "#/components/headers/x-request-id"}}
     found = {"200": {"description": operation.answer_says, "headers": tagged, "content": content}}
     by_status: dict[int, list[type[MoeculeError]]] = {}
-    errors: tuple[type[MoeculeError], ...] = (*operation.errors, InternalError)
-    for error in errors:
+    for error in operation.every_error:
         by_status.setdefault(error.status, []).append(error)
     for status, kinds in sorted(by_status.items()):
-        word = "x-should-retry" if kinds[0].retry_after is None else "retry-after"
+        words = {"x-should-retry" if kind.retry_after is None else "retry-after" for kind in kinds}
+        words |= {"www-authenticate"} if InvalidKey in kinds else set()
         found[str(status)] = {
             "description": f"Code {' or '.join(f'`{error.code}`' for error in kinds)}.",
-            "headers": {**tagged, word: {"$ref": f"#/components/headers/{word}"}},
+            "headers": tagged | {word: {"$ref": f"#/components/headers/{word}"} for word in sorted(words)},
             "content": {"application/json": {"schema": _ref("Error")}},
         }
     return found

@@ -76,6 +76,10 @@ FIELDS: dict[str, str] = {
     # ---- other
     "user": "Taken and not used.",
     "cache_salt": "Cached prompts are shared only between requests of one salt. Default: the empty one.",
+    "priority": "A lower number is served earlier, and may take the place of a higher one that runs; a key bounds it. "
+    "Default: the key's own, else 0.",
+    "timeout": "Seconds from the request's start after which it ends with `deadline_exceeded`, wherever it is. The "
+    "header `x-request-deadline-ms` says the same; the sooner holds. Default: none.",
     "service_tier": "Taken and not used: there is one tier.",
     "ChatBody.store": "Taken and not used: this server stores no answers.",
     "ChatBody.metadata": "Taken and not used.",

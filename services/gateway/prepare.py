@@ -48,7 +48,8 @@ class Job:
     """One choice of a request.
 
     `reasoning`: the prompt ends inside <think>. `include_stop`: the stop string or token that ends the output is shown.
-    `token_ids`: the client is told them. `grammar_field`: the body's field that asked for the grammar.
+    `token_ids`: the client is told them. `grammar_field`: the body's field that asked for the grammar. `tenant` and
+    `priority` are as Generate has them, `deadline` is by the gateway's clock.
     """
 
     index: int
@@ -60,6 +61,9 @@ class Job:
     salt: str = ""
     include_stop: bool = False
     token_ids: bool = False
+    tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None
     echo: Echo | None = None
     grammar_field: str = ""
     tools: ToolUse | None = None

@@ -26,6 +26,8 @@ StopString = Annotated[str, Meta(min_length=1, max_length=512)]
 Alternatives = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+Timeout = Annotated[float, Meta(gt=0, le=86_400)]
 FunctionName = Annotated[str, Meta(pattern="^[A-Za-z0-9_-]{1,64}$")]
 Role = Literal["system", "developer", "user", "assistant"]
 ChatRole = Literal[Role, "tool"]
@@ -178,6 +180,8 @@ class RequestBody(msgspec.Struct, frozen=True, kw_only=True):
     guided_grammar: str | None = None
     user: str | None = None
     cache_salt: str | None = None
+    priority: Priority | None = None
+    timeout: Timeout | None = None
 
     @property
     def stops(self) -> list[str]:

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from common.errors import InvalidRequest
 from services.gateway.generate import Endpoint, EventStream, Generator, send_json
+from services.gateway.limits import Permit
 from services.gateway.output import Delta, Output
 from services.gateway.prepare import Job
 from services.gateway.protocol import (
@@ -21,10 +22,12 @@ from services.gateway.protocol import (
     JsonObjectFormat,
     JsonSchema,
     JsonSchemaFormat,
+    Priority,
     Refusals,
     ResponseFormat,
     Role,
     TextFormat,
+    Timeout,
     check,
     joined,
     refused_fields,
@@ -80,6 +83,8 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
     metadata: Annotated[dict[str, str], Meta(max_length=16)] | None = None
     user: str | None = None
     cache_salt: str | None = None
+    priority: Priority | None = None
+    timeout: Timeout | None = None
     reasoning: dict[str, Any] | None = None
     include: list[str] | None = None
     # Known, and refused where they ask for something: see REFUSED.
@@ -194,14 +199,14 @@ class ResponsesEndpoint(Endpoint[ChatBody]):
     def __init__(self, generator: Generator) -> None:
         super().__init__(generator, ChatBody)
 
-    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(self, permit: Permit, scope: Scope, receive: Receive, send: Send) -> None:
         preparer = self._generator.preparer
         body = await self._generator.read_body(scope, receive, ResponsesBody)
         check_supported(body)
         with named_as_here():
             chat = as_chat(body)
             check(chat)
-            (job,) = await preparer.chat(chat)
+            (job,) = permit.take(await preparer.chat(chat), body.priority, body.timeout)
             output = Output(job, preparer.pieces(chat), split_reasoning=preparer.tokenizer.reasons)
             request_id = scope["moecule.request_id"]
             story = Story(_response(body, job, request_id), request_id)

@@ -47,17 +47,23 @@ class Sample:
     def request(self, model: str) -> dict[str, Any]:
         return {"model": model, **self.body} if self.body else {}
 
-    def shell(self, base_url: str, model: str) -> str:
+    def shell(self, base_url: str, model: str, *, key: bool = False) -> str:
+        """`key`: the server asks for one, which is in the variable MOECULE_KEY."""
         head = f"curl {self.flags}{base_url}{self.path}"
+        if key:
+            head += ' \\\n  -H "authorization: Bearer $MOECULE_KEY"'
         if not self.body:
             return f"{head} -X POST"
         data = pretty(self.request(model), json.dumps).replace("'", "'\\''")
         return f"{head} \\\n  -H 'content-type: application/json' -d '{data}'"
 
-    def python(self, base_url: str, model: str) -> str:
+    def python(self, base_url: str, model: str, *, key: bool = False) -> str:
         arguments = "".join(f"    {name}={pretty(value, _word, 1)},\n" for name, value in self.request(model).items())
+        imports, word = "import openai", '"none"'
+        if key:
+            imports, word = "import os\n\nimport openai", 'os.environ["MOECULE_KEY"]'
         return (
-            f'import openai\n\nclient = openai.OpenAI(base_url="{base_url}/v1", api_key="none")\n'
+            f'{imports}\n\nclient = openai.OpenAI(base_url="{base_url}/v1", api_key={word})\n'
             f"answer = client.{self.call}(\n{arguments})\n{textwrap.dedent(self.then).strip()}\n"
         )
 

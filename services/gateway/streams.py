@@ -17,10 +17,11 @@ import msgspec
 
 from common.actor import SILENT_SECONDS
 from common.bus import Bus, Subscription
-from common.clock import Clock
+from common.clock import Clock, within
 from common.errors import (
     BusTimeout,
     BusUnavailable,
+    DeadlineExceeded,
     Draining,
     ExpertsUnavailable,
     MoeculeError,
@@ -54,6 +55,7 @@ SLOWEST_SECONDS = 2.0
 MISSED_SECONDS = 0.75  # three heartbeats of a worker are missing: its streams ask often
 STOOD_STILL_SECONDS = 1.0  # heartbeats that came while we stood still are not read yet: their silence is ours
 SETTLE_SECONDS = 2.0  # after a NATS restart subscriptions come back one by one: nobody listening means nothing yet
+OVERDUE_SECONDS = 0.5  # after its deadline a request that its worker has not ended is ended here
 ABORT_AGAIN_SECONDS = 0.5  # between two aborts of a request that goes on sending
 FORGET_SECONDS = 10.0  # after which an ended request is not remembered
 
@@ -63,11 +65,12 @@ Spawn = Callable[[Coroutine[Any, Any, None], str], object]
 class Stream:
     """One request's chunks, in order and each token once; those not read yet wait together (at most max_tokens)."""
 
-    def __init__(self, request_id: str, opened: float) -> None:
+    def __init__(self, request_id: str, opened: float, deadline: float | None = None) -> None:
         self.request_id = request_id
         self.worker_id = ""
         self.boot_id = ""
         self.opened = opened
+        self.deadline = deadline
         self.admitted = False
         self.heard = opened  # when tokens last came
         self.next_index = 0
@@ -155,10 +158,10 @@ class Streams:
     @contextlib.asynccontextmanager
     async def open(self, job: Job) -> AsyncIterator[Stream]:
         """The job's stream, admitted by a worker; leaving before its end aborts it. Raises why it was refused."""
-        stream = Stream(secrets.token_hex(8), self._clock.now())
+        stream = Stream(secrets.token_hex(8), self._clock.now(), job.deadline)
         self._live[stream.request_id] = stream
         try:
-            await self._admit(stream, job)
+            await self._admit_in_time(stream, job)
             yield stream
         finally:
             del self._live[stream.request_id]
@@ -167,19 +170,23 @@ class Streams:
 
     # ---- a request's way to a worker
 
+    async def _admit_in_time(self, stream: Stream, job: Job) -> None:
+        if job.deadline is None:
+            await self._admit(stream, job)
+            return
+        try:
+            if (left := job.deadline - self._clock.now()) <= 0:
+                raise TimeoutError
+            await within(self._clock, left, self._admit(stream, job))
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed before a worker took it") from None
+
     async def _admit(self, stream: Stream, job: Job) -> None:
         """A worker may have gone, filled up or begun to leave since the scheduler last heard it: ask once more then."""
-        request = Generate(
-            request_id=stream.request_id,
-            gateway_id=self._gateway_id,
-            prompt=job.prompt,
-            sampling=job.sampling,
-            salt=job.salt,
-        )
         for attempt in (1, 2):
             await self._assign(stream, job)
             try:
-                await self._bus.request(subject("worker", stream.worker_id, "admit"), request)
+                await self._bus.request(subject("worker", stream.worker_id, "admit"), self._generate(stream, job))
                 break
             except (NoResponders, Overloaded, Draining, ExpertsUnavailable) as error:
                 refused_by, stream.worker_id = stream.worker_id, ""
@@ -192,12 +199,25 @@ class Streams:
         stream.admitted = True
         stream.heard = self._clock.now()
 
+    def _generate(self, stream: Stream, job: Job) -> Generate:
+        return Generate(
+            request_id=stream.request_id,
+            gateway_id=self._gateway_id,
+            prompt=job.prompt,
+            sampling=job.sampling,
+            tenant=job.tenant,
+            priority=job.priority,
+            deadline=None if job.deadline is None else job.deadline - self._clock.now(),
+            salt=job.salt,
+        )
+
     async def _assign(self, stream: Stream, job: Job) -> None:
         ask = Assign(
             request_id=stream.request_id,
             prompt_tokens=len(job.prompt),
             max_tokens=job.sampling.max_tokens,
             page_hashes=job.page_hashes,
+            tenant=job.tenant,
         )
         try:
             assigned = await self._bus.request(subject_of_kind("assign"), ask)
@@ -261,7 +281,9 @@ class Streams:
     def _watch_one(self, stream: Stream, now: float) -> None:
         silence = self._peers.silence(stream.worker_id, max(stream.opened, self._awake_since))
         wait = min(stream.ask_after, QUIET_SECONDS) if silence > MISSED_SECONDS else stream.ask_after
-        if silence > SILENT_SECONDS:
+        if stream.deadline is not None and now - stream.deadline > OVERDUE_SECONDS:
+            self._end(stream, DeadlineExceeded("the request's deadline passed, and its worker did not say so"))
+        elif silence > SILENT_SECONDS:
             self._lose(stream, f"it sent no heartbeat for {silence:.1f} s")
         elif now - max(stream.heard, stream.asked) >= wait:
             stream.ask_after = min(2 * stream.ask_after, SLOWEST_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 from common.actor import Actor
@@ -11,6 +12,7 @@ from common.bus import Subscription
 from common.cores import pin_actor
 from common.errors import (
     BusUnavailable,
+    DeadlineExceeded,
     Draining,
     ExpertsUnavailable,
     InternalError,
@@ -19,6 +21,7 @@ from common.errors import (
     NotFound,
     Overloaded,
 )
+from common.fairness import has_room, why_no_room
 from common.link import NoLinks
 from common.messages import (
     Abort,
@@ -27,6 +30,7 @@ from common.messages import (
     GatewayBeat,
     Generate,
     GetMap,
+    Grammar,
     Message,
     Ok,
     PagesChanged,
@@ -43,7 +47,7 @@ from common.pages import PAGE
 from common.source import open_source
 from services.gpu_worker.admission import Bounds
 from services.gpu_worker.engine import Engine, Stats, StepOutput
-from services.gpu_worker.grammar import Grammars
+from services.gpu_worker.grammar import Constraint, Grammars
 from services.gpu_worker.links import ExpertLinks
 from services.gpu_worker.membership import Membership
 from services.gpu_worker.metrics import WorkerMetrics
@@ -57,6 +61,7 @@ from services.gpu_worker.streams import Streams
 from services.gpu_worker.weights import load_weights
 
 GATEWAY_SILENT_SECONDS = 2.0
+DEADLINE_TICK_SECONDS = 0.05
 ADMISSIONS = 16  # at a time: one whose grammar is being compiled does not hold up the others
 
 
@@ -74,6 +79,7 @@ class Worker(Actor):
         self.streams = Streams(self.clock)
         self.metered = WorkerMetrics(self.metrics)
         self._stats = Stats(0, 0, 0, 0)
+        self._compiling = Counter[str]()  # tenant -> its admissions that wait for a grammar
         self._admitted_tokens = 0  # prompt tokens handed to the engine since its last step
         self._gateways: dict[str, tuple[str, float]] = {}  # id -> (boot id, when it was last heard)
         self._pages: set[bytes] = set()
@@ -85,6 +91,7 @@ class Worker(Actor):
         self.links.on_change = self.beat_now
         self.grammars = await asyncio.to_thread(Grammars, settings.model, self.config)
         self.engine = await asyncio.to_thread(self._make_engine)
+        self.metrics.register(self.engine.waits)
         self.bounds = Bounds(
             vocab=self.config.vocab,
             context=self.config.context_within(settings.max_context),
@@ -95,6 +102,7 @@ class Worker(Actor):
         self.spawn(self._publish_outputs(), "outputs")
         self.spawn(self._follow_map(), "map")
         self.spawn(self._watch_gateways(), "gateways")
+        self.spawn(self._watch_deadlines(), "deadlines")
         self._subscriptions = [
             await self.bus.subscribe("moecule.v1.scheduler.*.beat", self._on_scheduler),
             await self.bus.subscribe("moecule.v1.gateway.*.beat", self._on_gateway),
@@ -127,6 +135,7 @@ class Worker(Actor):
             pending_tokens=self._stats.pending_tokens + self._admitted_tokens,
             pages_used=self._stats.pages_used,
             pages_total=self.engine.planner.allocator.total,
+            tenants=dict(self.streams.tenants),
             own_experts=self.own_experts,
         )
 
@@ -189,28 +198,53 @@ class Worker(Actor):
         if not isinstance(message, Generate):
             raise InvalidRequest("expected a Generate message")
         self.bounds.check(message)
-        self._refuse_for_now(message)
+        ends = None if message.deadline is None else self.clock.now() + message.deadline
+        self._refuse_for_now(message, ends)
         constraint = None
         if message.sampling.grammar is not None:
-            constraint = await self.grammars.constraint(message.sampling.grammar)
-            self._refuse_for_now(message)  # others came meanwhile
+            constraint = await self._constraint(message.tenant, message.sampling.grammar)
+            self._refuse_for_now(message, ends)  # others came meanwhile
         self._gateways.setdefault(message.gateway_id, ("", self.clock.now()))
-        self.streams.open(message)
+        self.streams.open(message, ends)
         self._admitted_tokens += len(message.prompt)
         self.engine.submit(message, constraint)
         return Ok()
 
-    def _refuse_for_now(self, request: Generate) -> None:
+    async def _constraint(self, tenant: str, grammar: Grammar) -> Constraint:
+        """Grammars that take long to compile hold admissions, and those are shared as the queue is."""
+        places = tenant, self._compiling[tenant], self._compiling.total(), ADMISSIONS
+        if not has_room(*places):
+            raise Overloaded(why_no_room(*places, f"the grammar compiler of worker {self.id}"))
+        self._compiling[tenant] += 1
+        try:
+            return await self.grammars.constraint(grammar)
+        finally:
+            self._compiling[tenant] -= 1
+            if not self._compiling[tenant]:
+                del self._compiling[tenant]
+
+    def _refuse_for_now(self, request: Generate, ends: float | None) -> None:
         if request.request_id in self.streams:
             raise InvalidRequest(f"request {request.request_id} is known already")
         if self.links.reason:
             raise ExpertsUnavailable(self.links.reason)
-        if len(self.streams.live) >= self.settings.queue_limit + self.settings.max_batch:
-            raise Overloaded(f"the queue of worker {self.id} is full")
+        if ends is not None and self.clock.now() >= ends:
+            raise DeadlineExceeded("the request's deadline passed before it was queued")
+        limit = self.settings.queue_limit + self.settings.max_batch
+        queue = request.tenant, self.streams.tenants[request.tenant], len(self.streams.live), limit
+        if not has_room(*queue):
+            raise Overloaded(why_no_room(*queue, f"the queue of worker {self.id}"))
 
     async def _on_abort(self, _: str, message: Message) -> None:
         if isinstance(message, Abort):
             self.engine.abort(message.request_ids)
+
+    async def _watch_deadlines(self) -> None:
+        """Wherever a request is, queued or running, it ends within a tick and a step of its deadline."""
+        while True:
+            await self.clock.sleep(DEADLINE_TICK_SECONDS)
+            if overdue := self.streams.take_overdue():
+                self.engine.abort(overdue, DeadlineExceeded("the request's deadline passed"))
 
     async def _on_resume(self, _: str, message: Message) -> Message:
         if not isinstance(message, Resume) or (chunk := self.streams.chunk(message.request_id, message.index)) is None:

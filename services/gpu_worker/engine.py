@@ -23,6 +23,7 @@ from common.model_config import ModelConfig
 from services.gpu_worker.planner import Plan, Planner, Sequence
 from services.gpu_worker.runner import Computed, Runner, StepFailed
 from services.gpu_worker.sampler import Sampler
+from services.gpu_worker.waits import TenantWaits
 
 if TYPE_CHECKING:
     from services.gpu_worker.grammar import Constraint
@@ -71,6 +72,7 @@ class Engine:
         self.config = config
         self.planner = planner
         self.runner = runner
+        self.waits = TenantWaits()
         self._sampler = sampler
         self._under_way: Step | None = None
         self._told = time.perf_counter()  # when the last step ended
@@ -98,7 +100,8 @@ class Engine:
         self._sampler.close()
 
     def submit(self, request: Generate, constraint: Constraint | None = None) -> None:
-        self._note(lambda: self._add(request, constraint))
+        arrived = time.perf_counter()  # not when it is taken up: that is when the step under way has ended
+        self._note(lambda: self._add(request, constraint, arrived))
 
     def abort(self, request_ids: Iterable[str], error: MoeculeError | None = None) -> None:
         """End these requests; their pages are free at the end of the step in flight. Unknown ones are ignored."""
@@ -152,7 +155,9 @@ class Engine:
         chunks: dict[str, list[TokenChunk]] = {}
         if before is not None and self._must_be_known():
             chunks, before = self._finish(before), None
-        if plan := self.planner.plan():
+        plan = self.planner.plan()
+        self.waits.add(self.planner.take_started(), time.perf_counter())
+        if plan:
             self._under_way = self._launch(plan)
         if not self.runner.overlaps:
             before, self._under_way = self._under_way, None
@@ -241,8 +246,9 @@ class Engine:
             prompt_logprobs=None if index else _prompt_logprobs(sequence),
         )
 
-    def _add(self, request: Generate, constraint: Constraint | None) -> None:
+    def _add(self, request: Generate, constraint: Constraint | None, arrived: float) -> None:
         sequence = self._live[request.request_id] = self.planner.add(request, constraint)
+        sequence.arrived = arrived
         self._sampler.add(sequence)
 
     def _end(self, request_ids: Iterable[str], error: MoeculeError | None) -> None:

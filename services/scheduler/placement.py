@@ -6,10 +6,12 @@ worker has admitted and not computed, and what was assigned to it since its newe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from common.errors import NoWorker, Overloaded
+from common.fairness import has_room, why_no_room
 from common.messages import Assign, Assigned, PagesChanged, WorkerBeat
 from common.pages import PAGE
 
@@ -26,6 +28,7 @@ class KnownWorker:
     pages: set[bytes] = field(default_factory=set)
     new_tokens: int = 0  # assigned since the newest heartbeat
     new_requests: int = 0
+    new_of: Counter[str] = field(default_factory=Counter)  # tenant -> how many of the new requests are its
 
 
 class Placement:
@@ -36,6 +39,7 @@ class Placement:
     def heard(self, beat: WorkerBeat) -> None:
         known = self._life(beat.id, beat.boot_id)
         known.new_tokens = known.new_requests = 0
+        known.new_of.clear()
 
     def forget(self, worker_id: str) -> None:
         self._known.pop(worker_id, None)
@@ -56,18 +60,23 @@ class Placement:
         return [w for w in workers if w.state == "ready" and not self._life(w.id, w.boot_id).synced]
 
     def pick(self, request: Assign, workers: Sequence[WorkerBeat]) -> Assigned:
-        """Raises NoWorker, or Overloaded if every queue is full."""
+        """Raises NoWorker, or Overloaded if every queue is full, or keeps its places from this tenant.
+
+        The worker refuses by the same rule. It has to hold here as well: whoever asks again and again, and is refused
+        by the workers, would else use up all the places that are thought free until the next heartbeat.
+        """
         usable = [w for w in workers if serves(w)]
         if not usable:
             raise NoWorker(why_none_serves(workers))
-        free = [w for w in usable if self._room(w) > 0]
+        free = [w for w in usable if has_room(*self._places(request.tenant, w))]
         if not free:
-            raise Overloaded(f"every queue is full ({sum(w.waiting for w in usable)} requests wait)")
+            raise Overloaded(self._why_no_room(request.tenant, usable))
         uncached = {w.id: self._uncached(request, w) for w in free}
         best = min(free, key=lambda w: (uncached[w.id] + self._queued(w), self._requests(w), w.id))
         known = self._life(best.id, best.boot_id)
         known.new_tokens += uncached[best.id]
         known.new_requests += 1
+        known.new_of[request.tenant] += 1
         return Assigned(worker_id=best.id, worker_boot_id=best.boot_id)
 
     def _life(self, worker_id: str, boot_id: str) -> KnownWorker:
@@ -90,8 +99,16 @@ class Placement:
     def _requests(self, worker: WorkerBeat) -> int:
         return worker.running + worker.waiting + self._life(worker.id, worker.boot_id).new_requests
 
-    def _room(self, worker: WorkerBeat) -> int:
-        return worker.queue_limit + self.max_batch - self._requests(worker)
+    def _places(self, tenant: str, worker: WorkerBeat) -> tuple[str, int, int, int]:
+        """What has_room() asks for."""
+        held = worker.tenants.get(tenant, 0) + self._life(worker.id, worker.boot_id).new_of[tenant]
+        return tenant, held, self._requests(worker), worker.queue_limit + self.max_batch
+
+    def _why_no_room(self, tenant: str, workers: Sequence[WorkerBeat]) -> str:
+        kept = [w for w in workers if self._requests(w) < w.queue_limit + self.max_batch]
+        if kept:
+            return why_no_room(*self._places(tenant, kept[0]), f"the queue of worker {kept[0].id}")
+        return f"every queue is full ({sum(w.waiting for w in workers)} requests wait)"
 
 
 def serves(worker: WorkerBeat) -> bool:
