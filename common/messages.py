@@ -104,6 +104,9 @@ class SchedulerBeat(Message):
 
 
 class WorkerBeat(Message):
+    """What is counted since the start, in seconds and tokens, is for the rates that others show. `waited`: for which
+    shard its steps stood still how long. `load_done` of `load_total` bytes are read while it is starting."""
+
     id: str
     boot_id: str
     node: str
@@ -119,10 +122,21 @@ class WorkerBeat(Message):
     pages_used: int = 0
     pages_total: int = 0
     own_experts: bool = False  # it needs no shard
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    waited: tuple[tuple[str, float], ...] = ()
+    load_done: int = 0
+    load_total: int = 0
 
 
 class ShardBeat(Message):
-    """`held`: partitions loaded and served now. `load_done` of `load_total` bytes are read while it is loading."""
+    """`held`: partitions loaded and served now. `load_done` of `load_total` bytes are read while it is loading.
+
+    Counted since the start: `rows`, and the `busy_seconds` and `expert_tokens` that they took (tokens of each expert,
+    over all layers); 0 and empty on a GPU, where to know them would cost a wait for the device.
+    """
 
     id: str
     boot_id: str
@@ -133,6 +147,9 @@ class ShardBeat(Message):
     held: tuple[int, ...] = ()
     load_done: int = 0
     load_total: int = 0
+    rows: int = 0
+    busy_seconds: float = 0.0
+    expert_tokens: tuple[int, ...] = ()
 
 
 # ---- requests and tokens --------------------------------------------------------------------------------------------

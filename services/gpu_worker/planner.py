@@ -39,6 +39,11 @@ class Sequence:
     preemptions: int = 0
     scores: list[TokenLogprobs] | None = None
     constraint: Constraint | None = None
+    arrived: float = (
+        0.0  # perf_counter() when it came, when a step first computed of it, when its first token was known
+    )
+    started: float = 0.0
+    answered: float = 0.0
 
     @classmethod
     def of(cls, request: Generate, arrival: int, constraint: Constraint | None = None) -> Sequence:
