@@ -104,8 +104,8 @@ class SchedulerBeat(Message):
 
 
 class WorkerBeat(Message):
-    """What is counted since the start, in seconds and tokens, is for the rates that others show. `waited`: for which
-    shard its steps stood still how long. `load_done` of `load_total` bytes are read while it is starting."""
+    """Tokens, steps and seconds are counted since the start, for the rates that others show. `waited`: for which shard
+    its steps stood still how long, as LinkTimes has it. `load_done` of `load_total` bytes are read while it starts."""
 
     id: str
     boot_id: str

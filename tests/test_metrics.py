@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -141,6 +145,46 @@ async def test_all_follow_one_map(cluster: Composed) -> None:
     seen = await page(cluster)
     version = cluster.scheduler.beat().map_version  # type: ignore[attr-defined]
     assert seen.total("map_version", actor="worker-1") == seen.total("scheduler_map_version") == version > 0
+
+
+# ---- the dashboard
+
+DASHBOARD = Path(__file__).parent.parent / "docs" / "grafana.json"
+SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+
+
+def panels() -> list[dict[str, Any]]:
+    return [panel for panel in json.loads(DASHBOARD.read_text())["panels"] if panel["type"] != "row"]
+
+
+async def test_every_query_of_the_dashboard_names_what_is_there(cluster: Composed) -> None:
+    await cluster.client.ask(PROMPT, greedy(3))
+    families = (await page(cluster)).families.values()
+    there = {f.name + suffix for f in families for suffix in SUFFIXES.get(f.type, ("",))}
+    labels = {f.name: {label for s in f.samples for label in s.labels} for f in families}
+    for panel in panels():
+        for target in panel["targets"]:
+            names = re.findall(r"moecule_\w+", target["expr"])
+            assert names and set(names) - there == set(), (panel["title"], target["expr"])
+            wanted = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            for by in re.findall(r"by \(([^)]*)\)", target["expr"]):
+                assert wanted <= set(by.split(", ")), panel["title"]
+            family = re.sub("_(total|bucket|sum|count)$", "", names[0])
+            if labels[family]:  # some have no sample yet: nothing failed
+                assert wanted <= labels[family] | {"le"}, (panel["title"], wanted, labels[family])
+
+
+def test_the_dashboard_shows_all_that_is_measured_for_it() -> None:
+    shown = "".join(target["expr"] for panel in panels() for target in panel["targets"])
+    assert [name for name in NAMES | OWN if f"moecule_{name}" not in shown] == []
+
+
+def test_no_two_panels_overlap_or_share_a_number() -> None:
+    places = [panel["gridPos"] for panel in json.loads(DASHBOARD.read_text())["panels"]]
+    cells = [(p["x"] + x, p["y"] + y) for p in places for x in range(p["w"]) for y in range(p["h"])]
+    assert len(cells) == len(set(cells)) and max(x for x, _ in cells) == 23
+    ids = [panel["id"] for panel in json.loads(DASHBOARD.read_text())["panels"]]
+    assert len(ids) == len(set(ids))
 
 
 def test_a_tally_is_a_histogram() -> None:

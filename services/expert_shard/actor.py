@@ -134,7 +134,6 @@ class ExpertShard(Actor):
         return ShardCounts(
             partitions=len(self.store.held),
             mailboxes=len(self.server.attached),
-            map_version=self._wanted.version,
             rows=self.server.rows_served,
             busy_seconds=self.server.busy_seconds,
             expert_tokens=self._expert_tokens(),

@@ -16,7 +16,6 @@ class ShardCounts:
 
     partitions: int
     mailboxes: int
-    map_version: int
     rows: int
     busy_seconds: float
     expert_tokens: tuple[int, ...]
@@ -35,7 +34,6 @@ class ShardMetrics(Collector):
         counts = self._counts()
         yield GaugeMetricFamily("moecule_shard_partitions", "Expert partitions held", counts.partitions)
         yield GaugeMetricFamily("moecule_shard_mailboxes", "Workers attached over a mailbox", counts.mailboxes)
-        yield GaugeMetricFamily("moecule_map_version", "Version of the expert map that is followed", counts.map_version)
         yield GaugeMetricFamily("moecule_loaded_bytes", "Bytes of weights read by the newest load", counts.load_done)
         yield GaugeMetricFamily("moecule_load_total_bytes", "Bytes of weights that it has to read", counts.load_total)
         yield CounterMetricFamily("moecule_shard_rows", "Rows served, one a layer, token and worker", counts.rows)

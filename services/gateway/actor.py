@@ -14,9 +14,11 @@ from common.model_config import ModelConfig
 from common.telemetry import render
 from services.gateway.app import App
 from services.gateway.cache import Forgotten, forget_pages
+from services.gateway.cluster import ClusterView
 from services.gateway.cors import Cors, origins_of
 from services.gateway.generate import Generator
 from services.gateway.metrics import GatewayMetrics, everyones_metrics
+from services.gateway.page import page_routes
 from services.gateway.peers import Peers
 from services.gateway.prepare import Preparer
 from services.gateway.server import HttpServer
@@ -41,6 +43,7 @@ class Gateway(Actor):
         metrics = GatewayMetrics(self.metrics)
         self.leaving = False
         self.peers = Peers(self.bus, self.clock)
+        self.cluster = ClusterView(self.bus, self.clock, self.id, settings.served_name, config, self._why_not_ready)
         self.streams = Streams(self.bus, self.id, self.peers, metrics, self.clock, self._spawn_unless_leaving, self.log)
         preparer = Preparer(settings, config, tokenizer, self.peers.most_cached_tokens)
         limits = settings.body_limit, settings.receive_seconds
@@ -51,6 +54,7 @@ class Gateway(Actor):
             self._why_not_ready,
             self._metrics_text,
             self._forget_pages,
+            page_routes(self.cluster),
             int(time.time()),
             self.log,
         )
@@ -98,6 +102,7 @@ class Gateway(Actor):
 
     async def _on_beat(self, subject: str, message: Message) -> None:
         self.peers.take(subject, message)
+        self.cluster.take(subject, message)
         if isinstance(message, WorkerBeat):
             self.streams.take_beat(message)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,7 +29,7 @@ from services.gateway.tokenize import Counter, DetokenizeBody, TokenizeBody
 
 class App:
     """`why_not_ready`: a sentence, empty when a worker can serve. `metrics_text`: the page of /metrics. `forget_pages`:
-    empties the workers' prefix caches."""
+    empties the workers' prefix caches. `page`: the routes of the page at / and of its data."""
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class App:
         why_not_ready: Callable[[], str],
         metrics_text: Callable[[], Awaitable[str]],
         forget_pages: Callable[[], Awaitable[Forgotten]],
+        page: Sequence[Route],
         created: int,
         log: Any,
     ) -> None:
@@ -65,6 +66,7 @@ class App:
                 Route("/metrics", self._metrics_page),
                 Route("/openapi.json", self._openapi),
                 Route("/docs", self._docs),
+                *page,
             ]
         )
         self._paths = {route.path for route in self._router.routes if isinstance(route, Route)}

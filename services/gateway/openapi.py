@@ -26,6 +26,7 @@ from common.errors import (
     WorkerLost,
 )
 from services.gateway.cache import Forgotten
+from services.gateway.cluster import Cluster
 from services.gateway.parameters import meaning
 from services.gateway.protocol import ChatBody, CompletionBody
 from services.gateway.response_events import AnyEvent, Response
@@ -156,6 +157,13 @@ OPERATIONS = (
     Operation("get", "/metrics", "Operate", "Every actor's metrics, for Prometheus", media="text/plain"),
     Operation("get", "/openapi.json", "Operate", "This document"),
     Operation("get", "/docs", "Operate", "This document as a page to read", media="text/html"),
+    Operation(
+        "get", "/cluster", "Operate", "The actors and what each does",
+        "From the heartbeats that this gateway hears: to ask costs the actors nothing. All who ask within 0.2 s get "
+        "the same answer.",
+        answer="Cluster",
+    ),
+    Operation("get", "/", "Operate", "The cluster as a live page, and a chat", media="text/html"),
 )  # fmt: skip
 
 
@@ -268,7 +276,7 @@ def _event_schema(name: str, *, done: bool) -> dict[str, Any]:
 
 
 BODIES = (ChatBody, CompletionBody, ResponsesBody, TokenizeBody, DetokenizeBody)
-_ANSWERS = (Answer, ChatChoice, TextChoice, Response, ModelList, Tokens, Text, Forgotten, Status, Error)
+_ANSWERS = (Answer, ChatChoice, TextChoice, Response, ModelList, Tokens, Text, Forgotten, Status, Cluster, Error)
 
 
 def _schemas(served: Served) -> dict[str, Any]:

@@ -34,7 +34,8 @@ TRIP_BUCKETS = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0
 
 class LinkTimes:
     """Of one shard, as the compute thread meets it. `trips`: from a dispatch to the look at its answer, so that a shard
-    behind a slow one looks slow too. `waited`: for how long the step stood still for this shard alone."""
+    behind a slow one looks slow too. `waited`: for how long the step stood still for this shard when those of lower ids
+    had answered: what all take in parallel counts for the first."""
 
     def __init__(self) -> None:
         self.trips = Tally(TRIP_BUCKETS)

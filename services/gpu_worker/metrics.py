@@ -92,7 +92,9 @@ class WorkerMetrics(Collector):
             "moecule_link_round_trip_seconds", "From a dispatch to the look at this shard's answer", labels=["shard"]
         )
         waited = CounterMetricFamily(
-            "moecule_link_wait_seconds", "Time that steps stood still for this shard alone", labels=["shard"]
+            "moecule_link_wait_seconds",
+            "Time that steps stood still for a shard when those of lower ids had answered",
+            labels=["shard"],
         )
         for shard, times in sorted(self._standing().links.items()):
             trips.add_metric([shard], times.trips.buckets, times.trips.sum)
