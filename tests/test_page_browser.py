@@ -96,13 +96,18 @@ def metric(running: Cluster, name: str) -> float:
 
 
 def test_an_answer_streams_and_its_reasoning_is_folded(page: Page) -> None:
-    page.evaluate("""() => { window.grew = new Set(); new MutationObserver(() =>
-        grew.add(document.querySelector(".theirs")?.textContent.length)).observe(
-        document.querySelector("#talk"), { childList: true, subtree: true }); }""")
+    page.evaluate("""() => {
+        window.grew = { thought: new Set(), text: new Set() };
+        const length = part => document.querySelector(part)?.textContent.length || 0;
+        new MutationObserver(() => {
+            grew.thought.add(length(".reasoning div"));
+            grew.text.add(length(".theirs .text"));
+        }).observe(document.querySelector("#talk"), { childList: true, subtree: true });
+    }""")
     send(page)
     page.get_by_text("47 + 85 = 132", exact=True).wait_for()
     page.get_by_role("button", name="Send").wait_for()
-    assert page.evaluate("grew.size") > 10, "it came bit by bit"
+    assert page.evaluate("grew.thought.size > 10 && grew.text.size > 2"), "both came bit by bit"
     fold = page.locator("details.reasoning")
     assert "7 + 5" in fold.locator("div").text_content() and not fold.locator("div").is_visible()
     assert "think>" not in page.locator(".theirs").text_content()
