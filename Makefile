@@ -21,6 +21,8 @@ define HELP
 make serve     set up .venv and start a cluster: WORKERS=$(WORKERS) SHARDS=$(SHARDS)
 make test      set up .venv, lint, type-check, run every test that needs no GPU
 make lint      mend and format what ruff can
+make browser   drive the page in a headless Chromium, which must be there (apt-get install chromium)
+make screenshots  take the pictures of the page anew, with the same Chromium
 make settings  print the settings in force
 make clean     remove .venv and the caches
 
@@ -28,7 +30,7 @@ make clean     remove .venv and the caches
 endef
 export HELP
 
-.PHONY: serve test lint settings help install clean
+.PHONY: serve test browser screenshots playwright lint settings help install clean
 
 serve: install
 	@honcho run python -m common.supervisor --check
@@ -39,6 +41,15 @@ test: install
 	mypy
 	OMP_NUM_THREADS=1 pytest -m "not gpu" -n 2 $(SHARING)
 	OMP_NUM_THREADS=1 pytest -m "not gpu" $(addprefix --ignore=,$(SHARING))
+
+browser: playwright
+	pytest tests/test_page_browser.py
+
+screenshots: playwright
+	python -m tests.screenshots docs
+
+playwright: install
+	@python -c 'import playwright' 2>/dev/null || python -m pip install --quiet --editable ".[browser]"
 
 lint: install
 	ruff check --fix .

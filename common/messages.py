@@ -106,6 +106,9 @@ class SchedulerBeat(Message):
 
 
 class WorkerBeat(Message):
+    """Tokens, steps and seconds are counted since the start, for the rates that others show. `waited`: for which shard
+    its steps stood still how long, as LinkTimes has it. `load_done` of `load_total` bytes are read while it starts."""
+
     id: str
     boot_id: str
     node: str
@@ -122,10 +125,21 @@ class WorkerBeat(Message):
     pages_total: int = 0
     tenants: dict[str, int] = {}  # requests that each of them holds here, running ones included
     own_experts: bool = False  # it needs no shard
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    waited: tuple[tuple[str, float], ...] = ()
+    load_done: int = 0
+    load_total: int = 0
 
 
 class ShardBeat(Message):
-    """`held`: partitions loaded and served now. `load_done` of `load_total` bytes are read while it is loading."""
+    """`held`: partitions loaded and served now. `load_done` of `load_total` bytes are read while it is loading.
+
+    Counted since the start: `rows`, and the `busy_seconds` and `expert_tokens` that they took (tokens of each expert,
+    over all layers); 0 and empty on a GPU, where to know them would cost a wait for the device.
+    """
 
     id: str
     boot_id: str
@@ -136,6 +150,9 @@ class ShardBeat(Message):
     held: tuple[int, ...] = ()
     load_done: int = 0
     load_total: int = 0
+    rows: int = 0
+    busy_seconds: float = 0.0
+    expert_tokens: tuple[int, ...] = ()
 
 
 # ---- requests and tokens --------------------------------------------------------------------------------------------

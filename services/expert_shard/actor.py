@@ -7,12 +7,12 @@ import os
 import socket
 
 import torch
-from prometheus_client import Gauge
 
 from common.actor import BEAT_SECONDS, Actor
 from common.cores import pin_actor
 from common.errors import InvalidRequest, MoeculeError, Unavailable
 from common.futex import Bell
+from common.loading import Loading
 from common.mailbox import (
     LAYOUT,
     HandshakeError,
@@ -39,6 +39,7 @@ from common.messages import (
 from common.model_config import ModelConfig
 from common.source import open_source
 from services.expert_shard.experts import ExpertStore
+from services.expert_shard.metrics import ShardCounts, ShardMetrics
 from services.expert_shard.server import Attachment, ExpertServer, Job
 
 BUS_CONCURRENCY = 16
@@ -58,10 +59,10 @@ class ExpertShard(Actor):
         self.server.start()
         self._wanted = LoadPartitions(version=0, partitions=())
         self._new_wanted = asyncio.Event()
-        self._progress = (0, 0)
+        self.loading = Loading(self.log)
         self._bus_workers: dict[str, float] = {}  # those that sent rows over the bus -> when they were last heard
         self._sockets: dict[socket.socket, Attachment | None] = {}
-        self._measure()
+        ShardMetrics(self.metrics, self._counts)
         self._listen()
         self.spawn(self._follow_wanted(), "load")
         self._subscriptions = [
@@ -76,7 +77,7 @@ class ExpertShard(Actor):
             return ShardBeat(
                 id=self.id, boot_id=self.boot_id, node=self.node, model="", state="starting", map_version=0
             )
-        done, total = self._progress
+        counts = self._counts()
         return ShardBeat(
             id=self.id,
             boot_id=self.boot_id,
@@ -85,8 +86,11 @@ class ExpertShard(Actor):
             state=self.state,
             map_version=self._wanted.version,
             held=tuple(sorted(self.store.held)),
-            load_done=done,
-            load_total=total,
+            load_done=counts.load_done,
+            load_total=counts.load_total,
+            rows=counts.rows,
+            busy_seconds=counts.busy_seconds,
+            expert_tokens=counts.expert_tokens,
         )
 
     async def drain(self) -> None:
@@ -126,14 +130,19 @@ class ExpertShard(Actor):
     def _subject(self, verb: str) -> str:
         return subject(self.kind, self.id, verb)
 
-    def _measure(self) -> None:
-        """Read when they are asked for: the compute thread keeps no metrics but one count."""
-        held = Gauge("moecule_shard_partitions", "expert partitions held", registry=self.metrics)
-        held.set_function(lambda: len(self.store.held))
-        workers = Gauge("moecule_shard_mailboxes", "workers attached over a mailbox", registry=self.metrics)
-        workers.set_function(lambda: len(self.server.attached))
-        rows = Gauge("moecule_shard_rows", "rows served since the start", registry=self.metrics)
-        rows.set_function(lambda: self.server.rows_served)
+    def _counts(self) -> ShardCounts:
+        return ShardCounts(
+            partitions=len(self.store.held),
+            mailboxes=len(self.server.attached),
+            rows=self.server.rows_served,
+            busy_seconds=self.server.busy_seconds,
+            expert_tokens=self._expert_tokens(),
+            load_done=self.loading.done,
+            load_total=self.loading.total,
+        )
+
+    def _expert_tokens(self) -> tuple[int, ...]:
+        return tuple(self.store.tokens)
 
     # ---- what to hold
 
@@ -164,10 +173,7 @@ class ExpertShard(Actor):
             self.beat_now()
 
     async def _load(self, missing: frozenset[int]) -> None:
-        await asyncio.to_thread(self.store.load, missing, self._on_progress)
-
-    def _on_progress(self, done: int, total: int) -> None:
-        self._progress = (done, total)
+        await asyncio.to_thread(self.store.load, missing, self.loading.of("experts"))
 
     # ---- the bus link
 

@@ -47,10 +47,16 @@ class ExpertStore:
         self._layers: dict[int, _Layer] = {layer: self._empty() for layer in config.moe_layers}
         self._held: frozenset[int] = frozenset()
         self._changing = threading.Lock()
+        self._asked = np.zeros(1 + config.experts, np.int64)  # -1, then each expert: how often `compute` was asked
 
     @property
     def held(self) -> frozenset[int]:
         return self._held
+
+    @property
+    def tokens(self) -> list[int]:
+        """That each expert got since the start, over all layers."""
+        return self._asked[1:].tolist()
 
     def compute(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> bool:
         """out [T, hidden] = sum over k of weights[:, k] * expert(ids[:, k])(x); ids that are not held give nothing.
@@ -61,7 +67,9 @@ class ExpertStore:
         experts(x, ids, weights, held.gate_up, held.down, held.slots, out)
         asked = ids.numpy()
         absent = np.count_nonzero(held.slots.numpy().take(asked) == len(held.experts))
-        return absent == np.count_nonzero(asked < 0)
+        counts = np.bincount(asked.ravel() + 1, minlength=len(self._asked))
+        np.add(self._asked, counts, out=self._asked)
+        return absent == counts[0]
 
     def check(self) -> None:
         require_experts(self._config, self._source)

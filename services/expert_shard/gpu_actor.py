@@ -43,11 +43,15 @@ class GpuExpertShard(ExpertShard):
 
     async def _load(self, missing: frozenset[int]) -> None:
         before = self.store.stacks
-        await asyncio.to_thread(self.store.load, missing, self._on_progress)
+        await asyncio.to_thread(self.store.load, missing, self.loading.of("experts"))
         if self.store.stacks is not before:
             async with self._attaching:
                 await asyncio.to_thread(self._recapture)
         del before
+
+    def _expert_tokens(self) -> tuple[int, ...]:
+        """Not counted: the ids are in device memory, and the host does not wait for it."""
+        return ()
 
     def _recapture(self) -> None:
         """Links that stand go over to the new stacks; the old are freed when nothing that runs names them."""

@@ -7,6 +7,7 @@ most one slice of another worker's prefill.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class ExpertServer:
     def __init__(self, experts: Experts) -> None:
         self.bell = Bell.create("moecule-shard-bell")
         self.rows_served = 0
+        self.busy_seconds = 0.0
         self._experts = experts
         self._attachments: tuple[Attachment, ...] = ()  # replaced, never changed: the compute thread iterates over it
         self._jobs: deque[Job] = deque()
@@ -152,11 +154,13 @@ class ExpertServer:
 
     def _compute(self, layer: int, rows: Rows) -> int:
         """The status to answer with. What a peer wrote is not trusted: it must not end the thread that serves all."""
+        began = time.perf_counter()
         try:
             if not self._experts.compute(layer, rows.x, rows.ids, rows.weights, rows.sums):
                 return REFUSED
-        except (IndexError, KeyError, RuntimeError) as error:
+        except (IndexError, KeyError, RuntimeError, ValueError) as error:
             self._log.error("rows refused", layer=layer, error=repr(error))
             return REFUSED
+        self.busy_seconds += time.perf_counter() - began
         self.rows_served += len(rows.x)
         return DONE

@@ -15,11 +15,13 @@ from common.telemetry import render
 from services.gateway.app import App
 from services.gateway.asyncapi import Broker, asyncapi_page
 from services.gateway.cache import Forgotten, forget_pages
+from services.gateway.cluster import ClusterView
 from services.gateway.cors import Cors, origins_of
 from services.gateway.door import Door
 from services.gateway.generate import Generator
 from services.gateway.keys import Keys
 from services.gateway.metrics import GatewayMetrics, everyones_metrics
+from services.gateway.page import page_routes
 from services.gateway.peers import Peers
 from services.gateway.prepare import Preparer
 from services.gateway.server import HttpServer
@@ -45,6 +47,7 @@ class Gateway(Actor):
         metrics = GatewayMetrics(self.metrics)
         self.leaving = False
         self.peers = Peers(self.bus, self.clock)
+        self.cluster = ClusterView(self.bus, self.clock, self.id, settings.served_name, config, self._why_not_ready)
         self.streams = Streams(self.bus, self.id, self.peers, metrics, self.clock, self._spawn_unless_leaving, self.log)
         preparer = Preparer(settings, config, tokenizer, self.peers.most_cached_tokens)
         limits = settings.body_limit, settings.receive_seconds
@@ -56,6 +59,7 @@ class Gateway(Actor):
             self._why_not_ready,
             self._metrics_text,
             self._forget_pages,
+            page_routes(self.cluster),
             int(time.time()),
             self.log,
             asyncapi_page(Broker(settings.nats_url, preparer.name, config.vocab)),
@@ -121,6 +125,7 @@ class Gateway(Actor):
 
     async def _on_beat(self, subject: str, message: Message) -> None:
         self.peers.take(subject, message)
+        self.cluster.take(subject, message)
         if isinstance(message, WorkerBeat):
             self.streams.take_beat(message)
         elif isinstance(message, GatewayBeat):

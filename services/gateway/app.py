@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import h11
@@ -41,7 +41,8 @@ from services.gateway.tokenize import Counter, DetokenizeBody, TokenizeBody
 
 class App:
     """`why_not_ready`: a sentence, empty when a worker can serve. `metrics_text`: the page of /metrics. `forget_pages`:
-    empties the workers' prefix caches. `asyncapi`: the document of the NATS door."""
+    empties the workers' prefix caches. `page`: the routes of the page at / and of its data. `asyncapi`: the document of
+    the NATS door."""
 
     def __init__(
         self,
@@ -51,6 +52,7 @@ class App:
         why_not_ready: Callable[[], str],
         metrics_text: Callable[[], Awaitable[str]],
         forget_pages: Callable[[], Awaitable[Forgotten]],
+        page: Sequence[Route],
         created: int,
         log: Any,
         asyncapi: bytes,
@@ -82,6 +84,7 @@ class App:
                 Route("/openapi.json", self._openapi),
                 Route("/asyncapi.json", self._asyncapi),
                 Route("/docs", self._docs),
+                *page,
             ]
         )
         self._paths = {route.path for route in self._router.routes if isinstance(route, Route)}

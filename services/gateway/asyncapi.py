@@ -59,8 +59,8 @@ unsubscribe from your inbox: a caller that is gone is noticed at the next answer
 **Nobody there.** With no gateway, the NATS server itself sends an empty message with the header `Status: 503` to your
 inbox; NATS clients call that "no responders".
 
-**Keys.** Where the server asks for API keys, yours goes into the header `Authorization: Bearer KEY` of what you publish;
-without one that is known the answer is the error `invalid_api_key`.
+**Keys.** Where the server asks for API keys, yours goes into the header `Authorization: Bearer KEY` of what you
+publish; without one that is known the answer is the error `invalid_api_key`.
 
 **Errors** have the code that HTTP's have, in the answer and in the header `{CODE_HEADER}`; `{ERROR_HEADER}` says it in
 words. Codes: {{codes}}.

@@ -23,6 +23,7 @@ from common.errors import (
 )
 from common.fairness import has_room, why_no_room
 from common.link import NoLinks
+from common.loading import Loading
 from common.messages import (
     Abort,
     ExpertMap,
@@ -44,13 +45,13 @@ from common.messages import (
 )
 from common.model_config import ModelConfig
 from common.pages import PAGE
-from common.source import open_source
+from common.source import Progress, open_source
 from services.gpu_worker.admission import Bounds
 from services.gpu_worker.engine import Engine, Stats, StepOutput
 from services.gpu_worker.grammar import Constraint, Grammars
-from services.gpu_worker.links import ExpertLinks
+from services.gpu_worker.links import ExpertLinks, LinkTimes
 from services.gpu_worker.membership import Membership
-from services.gpu_worker.metrics import WorkerMetrics
+from services.gpu_worker.metrics import Standing, WorkerMetrics
 from services.gpu_worker.model import Model
 from services.gpu_worker.pace import Pace
 from services.gpu_worker.pages import PageAllocator
@@ -68,7 +69,8 @@ ADMISSIONS = 16  # at a time: one whose grammar is being compiled does not hold 
 class Worker(Actor):
     kind = "worker"
     own_experts = False
-    loading = "the worker is loading the model"
+    preparing = ""  # what it does once all is loaded
+    load: Loading | None = None
     engine: Engine
     links: Membership | NoLinks
 
@@ -77,7 +79,8 @@ class Worker(Actor):
         pin_actor(self.kind, settings)
         self.config = await asyncio.to_thread(ModelConfig.load, settings.model, settings.weights)
         self.streams = Streams(self.clock)
-        self.metered = WorkerMetrics(self.metrics)
+        self.load = Loading(self.log)
+        self.metered = WorkerMetrics(self.metrics, self._standing)
         self._stats = Stats(0, 0, 0, 0)
         self._compiling = Counter[str]()  # tenant -> its admissions that wait for a grammar
         self._admitted_tokens = 0  # prompt tokens handed to the engine since its last step
@@ -119,7 +122,8 @@ class Worker(Actor):
         if self.state == "starting":
             return WorkerBeat(
                 id=self.id, boot_id=self.boot_id, node=self.node, model="", state=self.state, map_version=0,
-                reason=self.loading, own_experts=self.own_experts,
+                reason=self._why_not_yet(), own_experts=self.own_experts, load_done=self.load.done if self.load else 0,
+                load_total=self.load.total if self.load else 0,
             )  # fmt: skip
         return WorkerBeat(
             id=self.id,
@@ -137,7 +141,28 @@ class Worker(Actor):
             pages_total=self.engine.planner.allocator.total,
             tenants=dict(self.streams.tenants),
             own_experts=self.own_experts,
+            prompt_tokens=self.metered.prompt_tokens,
+            generation_tokens=self.metered.generation_tokens,
+            steps=self.metered.steps.count,
+            step_seconds=self.metered.steps.sum,
+            waited=tuple((shard, times.waited) for shard, times in self._link_times().items()),
         )
+
+    def _why_not_yet(self) -> str:
+        if self.preparing or not (self.load and self.load.total):
+            return self.preparing or "the worker is loading the model"
+        return f"the worker is loading the {self.load.what}: {self.load.percent} %"
+
+    def _standing(self) -> Standing:
+        assert self.load is not None
+        load = self.load.done, self.load.total
+        if self.state == "starting":
+            return Standing(0, 0, *load)
+        return Standing(self.engine.planner.allocator.total, self.links.version, *load, self._link_times())
+
+    def _link_times(self) -> dict[str, LinkTimes]:
+        """A copy: the step loop may meet a new shard meanwhile."""
+        return dict(self.links.times) if isinstance(self.links, ExpertLinks) else {}
 
     async def drain(self) -> None:
         await self._admissions.drain()
@@ -180,7 +205,7 @@ class Worker(Actor):
         torch.set_num_threads(settings.threads)
         source = open_source(settings.model, self.config, settings.weights)
         assert isinstance(self.links, ExpertLinks)
-        model = Model(self.config, load_weights(self.config, source), self.links)
+        model = Model(self.config, load_weights(self.config, source, progress=self._told("weights")), self.links)
         planner = Planner(
             PageAllocator(settings.kv_pages or default_pages(self.config)),
             self.config.fingerprint,
@@ -191,6 +216,10 @@ class Worker(Actor):
         sampler = Sampler(self.config, max_batch=settings.max_batch, threads=settings.threads)
         runner = CpuRunner(model, model.new_cache(planner.allocator.total), sampler, self.log)
         return Engine(self.config, runner, planner, sampler, self._from_engine, self.log)
+
+    def _told(self, what: str) -> Progress:
+        assert self.load is not None
+        return self.load.of(what)
 
     # ---- requests
 

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,12 +43,22 @@ class Stats:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class RequestTimes:
+    """Seconds of a request that came to its end: in the queue, to its first token, and from there to its last."""
+
+    queue: float
+    prefill: float
+    decode: float
+
+
 @dataclass(frozen=True)
 class StepOutput:
     chunks: dict[str, list[TokenChunk]]  # gateway id -> its streams' tokens
     added: list[bytes]  # page hashes that the prefix cache gained
     evicted: list[bytes]
     stats: Stats
+    ended: list[RequestTimes] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class Engine:
         self._wake = threading.Condition()
         self._stopping = False
         self._ended: dict[str, list[TokenChunk]] = {}  # what ended outside of sampling, told with the next emit
+        self._times: list[RequestTimes] = []  # of requests that ended since the last emit
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self.crashed: BaseException | None = None
 
@@ -172,6 +183,9 @@ class Engine:
         return any(s.constraint is not None and s.unknown for s in self.planner.running)
 
     def _launch(self, plan: Plan) -> Step | None:
+        now = time.perf_counter()
+        for chunk in plan.prefills:
+            chunk.sequence.started = chunk.sequence.started or now
         try:
             launched = self.runner.launch(plan)
         except ExpertsUnavailable as error:
@@ -205,7 +219,7 @@ class Engine:
         for scored in computed.scored:
             assert scored.sequence.scores is not None
             scored.sequence.scores += scored.scores
-        sampled = computed.sampled
+        sampled, now = computed.sampled, time.perf_counter()
         for row, (chunk, token) in enumerate(zip(plan.samples, sampled.tokens, strict=True)):
             sequence = chunk.sequence
             if self._live.get(sequence.request.request_id) is not sequence:
@@ -216,7 +230,9 @@ class Engine:
                 self._end((sequence.request.request_id,), error)
                 continue
             chunks.setdefault(sequence.request.gateway_id, []).append(told)
+            sequence.answered = sequence.answered or now
             if told.finish:
+                self._times.append(_times(sequence, now))
                 self._forget(sequence)
         return chunks
 
@@ -274,7 +290,8 @@ class Engine:
         for gateway_id, more in ended.items():
             chunks.setdefault(gateway_id, []).extend(more)
         added, evicted = self.planner.allocator.take_changes()
-        self._emit(StepOutput(chunks, added, evicted, stats))
+        times, self._times = self._times, []
+        self._emit(StepOutput(chunks, added, evicted, stats, times))
 
     def _stats(self, plan: Plan, seconds: float) -> Stats:
         planner = self.planner
@@ -289,6 +306,11 @@ class Engine:
             preemptions=planner.take_preemptions(),
             seconds=seconds,
         )
+
+
+def _times(sequence: Sequence, now: float) -> RequestTimes:
+    started, answered = sequence.started, sequence.answered
+    return RequestTimes(started - sequence.arrived, answered - started, now - answered)
 
 
 def _stops(sequence: Sequence, token: int, eos_ids: tuple[int, ...]) -> bool:

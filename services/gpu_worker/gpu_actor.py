@@ -11,7 +11,7 @@ from common.errors import ConfigError
 from common.link import NoLinks
 from common.model_config import ModelConfig
 from common.settings import Settings
-from common.source import Progress, Source, open_source
+from common.source import Source, open_source
 from kernels.link import SlabLayout
 from services.gpu_worker.actor import Worker
 from services.gpu_worker.engine import Engine
@@ -23,8 +23,6 @@ from services.gpu_worker.weights import Weights, load_weights
 
 
 class GpuWorker(Worker):
-    _said = ("", 0)  # what is loaded, and the tenth of it that the log told of
-
     def _open_links(self) -> GpuLinks | NoLinks:
         settings = self.settings
         if settings.link == "bus":
@@ -56,7 +54,7 @@ class GpuWorker(Worker):
     def _engine(self, weights: Weights, stacks: Mapping[int, Stack] | None, links: GpuLinks | None) -> Engine:
         settings, config = self.settings, self.config
         torch.cuda.synchronize()
-        self.loading = "the worker is preparing its graphs"
+        self.preparing = "the worker is preparing its graphs"
         held = torch.cuda.memory_allocated() / 1e9
         self.log.info("loaded", seconds=round(time.monotonic() - self._started, 1), gb=round(held, 1))
         return make_engine(
@@ -75,17 +73,6 @@ class GpuWorker(Worker):
             links=links,
             log=self.log,
         )
-
-    def _told(self, what: str) -> Progress:
-        return lambda done, of: self._say(what, done, of)
-
-    def _say(self, what: str, done: int, of: int) -> None:
-        """Every tenth in the log, all of it in the heartbeat's reason."""
-        percent = 100 * done // max(of, 1)
-        self.loading = f"the worker is loading the {what}: {percent} %"
-        if (what, percent // 10) != self._said:
-            self._said = what, percent // 10
-            self.log.info("loading", what=what, percent=percent)
 
 
 def link_layout(config: ModelConfig, settings: Settings) -> SlabLayout:

@@ -24,10 +24,22 @@ from common.link import PeerLost
 from common.mailbox import LAYOUT, HandshakeError, Slab
 from common.messages import Attach, Attached, ShardEntry
 from common.model_config import ModelConfig
+from common.telemetry import Tally
 from services.gpu_worker.membership import ATTACH_SECONDS, Membership
 from services.gpu_worker.peers import BusPeer, MailboxPeer, Peer, RowPeer
 
 WAIT_BOUND_SECONDS = 30.0
+TRIP_BUCKETS = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # seconds
+
+
+class LinkTimes:
+    """Of one shard, as the compute thread meets it. `trips`: from a dispatch to the look at its answer, so that a shard
+    behind a slow one looks slow too. `waited`: for how long the step stood still for this shard when those of lower ids
+    had answered: what all take in parallel counts for the first."""
+
+    def __init__(self) -> None:
+        self.trips = Tally(TRIP_BUCKETS)
+        self.waited = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +69,8 @@ class ExpertLinks(Membership):
         self._step = 0
         # The compute thread's.
         self._in_step = False
+        self.times: dict[str, LinkTimes] = {}  # shard id -> its times; grows only
+        self._sent_at = 0.0
         self._table = self._newest
         self._lookups = np.empty((0, 1), np.int32)  # of Table.choose, for this step
         self._work: tuple[int, np.ndarray, np.ndarray, np.ndarray] = (0, np.empty(0), np.empty(0), np.empty(0))
@@ -104,9 +118,14 @@ class ExpertLinks(Membership):
             if rows is None or len(rows):
                 peer.submit(layer, x, mine, weights, rows)
                 self._sent.append(_Sent(peer, rows))
+        self._sent_at = time.perf_counter()
 
     def _add(self, sent: _Sent, out: np.ndarray) -> None:
+        began = time.perf_counter()
         self._wait(sent.peer)
+        ended, times = time.perf_counter(), self._times(sent.peer)
+        times.trips.add(ended - self._sent_at)
+        times.waited += ended - began
         try:
             sums = sent.peer.sums()
         except PeerLost as lost:
@@ -115,6 +134,11 @@ class ExpertLinks(Membership):
             out += sums
         else:
             out[sent.rows] += sums  # a row occurs once
+
+    def _times(self, peer: RowPeer) -> LinkTimes:
+        if (found := self.times.get(peer.shard_id)) is None:
+            found = self.times[peer.shard_id] = LinkTimes()
+        return found
 
     def _wait(self, peer: RowPeer) -> None:
         deadline = time.monotonic() + self._bound

@@ -41,7 +41,10 @@ class Sequence:
     preemptions: int = 0
     scores: list[TokenLogprobs] | None = None
     constraint: Constraint | None = None
-    arrived: float = 0.0  # perf_counter() when it came
+    # perf_counter() when it came, when a step first computed of it, and when its first token was known
+    arrived: float = 0.0
+    started: float = 0.0
+    answered: float = 0.0
 
     @classmethod
     def of(cls, request: Generate, arrival: int, constraint: Constraint | None = None) -> Sequence:
