@@ -171,10 +171,26 @@ def test_a_whole_cluster_of_users_over_tls(secrets: Path) -> None:
         with urllib.request.urlopen(f"{running.url}/metrics", timeout=10) as answer:
             actors = answer.read().decode()
         assert all(f'actor="{kind}' in actors for kind in ("gateway", "worker", "shard", "scheduler"))
+        told_over_nats = asyncio.run(_generate(secrets, f"tls://127.0.0.1:{running.nats_port}"))
         said = running.output()
+    assert told_over_nats == ["accepted", "tokens", "end"]
     assert "ermissions" not in said and "uthorization" not in said, [
         line for line in said.splitlines() if "ermission" in line or "uthorization" in line
     ]
+
+
+async def _generate(secrets: Path, url: str) -> list[str]:
+    """The kinds of what a service hears that asks for tokens, each once."""
+    kinds: dict[str, None] = {}
+    async with Known(secrets, url, "service") as service:
+        answers = await service.client.subscribe(inbox := service.client.new_inbox())
+        body = {"model": "tiny", "prompt": "What is 2 + 2?", "max_tokens": 4}
+        await service.client.publish("moecule.v1.generate", json.dumps(body).encode(), reply=inbox)
+        async with asyncio.timeout(30):
+            while not kinds or list(kinds)[-1] not in ("end", "error"):
+                kinds[json.loads((await answers.next_msg(30)).data)["type"]] = None
+        assert not service.refused
+    return list(kinds)
 
 
 def test_a_missing_configuration_of_nats_is_told() -> None:

@@ -62,7 +62,7 @@ class Gateway(Actor):
             page_routes(self.cluster),
             int(time.time()),
             self.log,
-            asyncapi_page(Broker(settings.nats_url, preparer.name, config.vocab)),
+            asyncapi_page(Broker(settings.nats_url, preparer.name, config.vocab, self.keys.wanted)),
         )
         self.door = Door(
             self.bus,

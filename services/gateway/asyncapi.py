@@ -12,6 +12,7 @@ from common.errors import (
     BusTimeout,
     ExpertsUnavailable,
     InternalError,
+    InvalidKey,
     MoeculeError,
     NoResponders,
     NotFound,
@@ -46,7 +47,7 @@ ABOUT = f"""The NATS door of a server that has the model `{{model}}`.
 **Ask.** Publish a request to `{GENERATE}`, with a subject as its reply subject that you are subscribed to: your inbox.
 Take a subscription of the request's own: what a NATS client calls a request waits for one answer, and there are many.
 Every message is a request of its own, and is carried out once. One without a reply subject, or whose reply subject has
-wildcards or begins with `moecule.` or `$`, is ignored, since nobody could be answered.
+wildcards or begins with `moecule.` or `$`, is ignored, since nobody could be answered.{{key}}
 
 **Answers.** They are JSON objects on your inbox, told apart by `type`: `accepted`, then `tokens` as the output comes,
 then `end`; or `error`, which may also come first. `end` and `error` are the last. `seq` counts the answers to a request
@@ -59,15 +60,23 @@ unsubscribe from your inbox: a caller that is gone is noticed at the next answer
 **Nobody there.** With no gateway, the NATS server itself sends an empty message with the header `Status: 503` to your
 inbox; NATS clients call that "no responders".
 
-**Keys.** Where the server asks for API keys, yours goes into the header `Authorization: Bearer KEY` of what you
-publish; without one that is known the answer is the error `invalid_api_key`.
-
 **Errors** have the code that HTTP's have, in the answer and in the header `{CODE_HEADER}`; `{ERROR_HEADER}` says it in
 words. Codes: {{codes}}.
 """
+KEY = """ This server asks for an API key: send the header `Authorization: Bearer KEY` with requests and with the
+question for the models. A cancellation needs none, since nobody else knows the request's id."""
 CODES: tuple[type[MoeculeError], ...] = tuple(
     dict.fromkeys(
-        (*GENERATING, ExpertsUnavailable, NoResponders, BusTimeout, RequestCancelled, NotFound, InternalError)
+        (
+            InvalidKey,
+            *GENERATING,
+            ExpertsUnavailable,
+            NoResponders,
+            BusTimeout,
+            RequestCancelled,
+            NotFound,
+            InternalError,
+        )
     )
 )
 
@@ -79,6 +88,7 @@ class Broker:
     nats_url: str
     model: str
     vocab: int
+    keys_wanted: bool = False
 
 
 def asyncapi_page(broker: Broker) -> bytes:
@@ -92,7 +102,7 @@ def asyncapi_document(broker: Broker) -> dict[str, Any]:
         "info": {
             "title": "Moecule over NATS",
             "version": VERSION,
-            "description": ABOUT.format(model=broker.model, codes=codes),
+            "description": ABOUT.format(model=broker.model, codes=codes, key=KEY if broker.keys_wanted else ""),
         },
         "defaultContentType": "application/json",
         "servers": {"nats": _server(broker.nats_url)},
@@ -144,7 +154,7 @@ _CHANNELS = {
     ),
     "cancelled": _channel(None, "The reply subject of the cancellation.", ["Cancelled", "Refused"]),
     "models": _channel(MODELS, "The question which models there are; it may be empty.", ["Anything"]),
-    "modelList": _channel(None, "The reply subject of the question.", ["ModelList"]),
+    "modelList": _channel(None, "The reply subject of the question.", ["ModelList", "Refused"]),
 }
 _OPERATIONS = {
     "generate": _operation("generate", "Answer a request.", "answers", QUEUE),

@@ -22,7 +22,6 @@ from common.errors import (
     BodyTooLarge,
     BusUnavailable,
     InternalError,
-    InvalidKey,
     MoeculeError,
     NotFound,
     Overloaded,
@@ -50,7 +49,6 @@ from services.gateway.door_messages import (
 )
 from services.gateway.generate import Generator, Plan, entries, usage_of
 from services.gateway.keys import Keys, bearer
-from services.gateway.limits import Caller as KeyCaller
 from services.gateway.limits import Permit
 from services.gateway.openapi import ModelList
 from services.gateway.output import Delta
@@ -204,12 +202,10 @@ class Door:
     def _on_models(self, message: RawMessage) -> None:
         began = self._clock.now()
         try:
-            self._caller_of(message)
-        except InvalidKey as error:
-            self._reply(
-                message, _encode(Refused(request_id="", seq=0, error=DoorError.of(error))), error_headers(error)
-            )
+            self._keys.caller(shown(message))
+        except MoeculeError as error:
             self._model_list.failed(f"{error.code}: {error.message}")
+            self._refuse(message, error)
             return
         self._reply(message, _encode(self._models()))
         self._model_list.answered(self._clock.now() - began)
@@ -226,9 +222,11 @@ class Door:
             caller.leave(vanished=False)
             self._reply(message, _encode(Cancelled(request_id=request_id)))
         else:
-            error = NotFound("there is no request of this id, or it has ended")
-            answer = Refused(request_id=request_id, seq=0, error=DoorError.of(error))
-            self._reply(message, _encode(answer), error_headers(error))
+            self._refuse(message, NotFound("there is no request of this id, or it has ended"), request_id)
+
+    def _refuse(self, message: RawMessage, error: MoeculeError, request_id: str = "") -> None:
+        answer = Refused(request_id=request_id, seq=0, error=DoorError.of(error))
+        self._reply(message, _encode(answer), error_headers(error))
 
     def _reply(self, message: RawMessage, data: bytes, headers: dict[str, str] | None = None) -> None:
         if is_inbox(message.reply_to):
@@ -249,7 +247,7 @@ class Door:
         try:
             if len(self._callers) > MOST_CALLERS:
                 raise Overloaded(f"this gateway has {MOST_CALLERS} requests over NATS already")
-            with self._generator.taking(), self._caller_of(message).request() as permit:
+            with self._generator.taking(self._keys.caller(shown(message))) as permit:
                 await self._follow(message, caller, permit)
             self._generate.answered(self._clock.now() - began)
         except MoeculeError as error:
@@ -260,11 +258,6 @@ class Door:
             await self._fail(caller, InternalError("internal error"))
         finally:
             del self._callers[caller.request_id]
-
-    def _caller_of(self, message: RawMessage) -> KeyCaller:
-        """Whose key its header holds. Raises InvalidKey."""
-        headers = [(name.lower().encode(), value.encode()) for name, value in message.headers.items()]
-        return self._keys.caller(bearer(headers))
 
     async def _fail(self, caller: Caller, error: MoeculeError) -> None:
         if isinstance(error, RequestCancelled):
@@ -309,6 +302,11 @@ class Door:
                     await caller.tell(Alive)
                 except BusUnavailable as error:
                     self._log.debug("a sign of life was not sent", request=caller.request_id, why=error.message)
+
+
+def shown(message: RawMessage) -> str | None:
+    """The key that came with a message, in HTTP's header; None: there is none."""
+    return bearer((name.lower().encode(), value.encode()) for name, value in message.headers.items())
 
 
 class _Batches:

@@ -14,7 +14,7 @@ from common.actor import first_leaf
 from common.clock import Clock, within
 from common.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MoeculeError, RequestCancelled
 from services.gateway.bodies import decode_body
-from services.gateway.limits import Permit
+from services.gateway.limits import Caller, Permit
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.output import Delta, Output
 from services.gateway.prepare import Job, Preparer, off_loop
@@ -62,14 +62,15 @@ class Generator:
         self._warned: set[str] = set()
 
     @contextlib.contextmanager
-    def taking(self) -> Iterator[None]:
+    def taking(self, caller: Caller, timeout: float | None = None) -> Iterator[Permit]:
         """A request, until its answer is complete, by whichever door it came. Raises why none is taken."""
         if self.refusal:
             raise self.refusal
         self.active += 1
         self.metrics.running.set(self.active)
         try:
-            yield
+            with caller.request(timeout) as permit:
+                yield permit
         except MoeculeError as error:
             self.metrics.failed(error.code)
             raise
@@ -159,7 +160,7 @@ class Endpoint(Generic[Body]):
         self._kind: type[Body] = kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._generator.taking(), scope["moecule.caller"].request(timeout_of(scope)) as permit:
+        with self._generator.taking(scope["moecule.caller"], timeout_of(scope)) as permit:
             await self.answer(permit, scope, receive, send)
 
     async def answer(self, permit: Permit, scope: Scope, receive: Receive, send: Send) -> None:

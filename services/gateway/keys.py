@@ -33,7 +33,7 @@ SHORTEST = 16  # characters of a key
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 SECRET = re.compile(rf"[!-~]{{{SHORTEST},512}}")
 SHA256 = re.compile(r"sha256:([0-9a-fA-F]{64})")
-OPEN_PATHS = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json", "/asyncapi.json"})
 """Where no key is asked for: whether it is alive, and pages that are the same for everyone. Metrics tell of others."""
 ADMIN_PATHS = frozenset({"/reset_prefix_cache"})
 
