@@ -178,6 +178,7 @@ def main() -> int:
     parser.add_argument("--shard", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.shard:
+        del sys.argv[1:]  # which an actor reads as its own
         run_process("shard", EmptyShard)
     setup_logs(Settings(log_level="warning"))
     torch.set_num_threads(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
@@ -139,6 +140,8 @@ def shared(text: str) -> dict[str, Case]:
         "guided_grammar": constrains('start: "a"', "lark", 'start: "a"'),
         "user": changes_nothing("someone"),
         "cache_salt": Case("mine", lambda seen: seen.sent[0].salt, "", "mine"),
+        "priority": Case(5, lambda seen: seen.sent[0].priority, 0, 5),
+        "timeout": Case(30, lambda seen: seen.sent[0].deadline and math.ceil(seen.sent[0].deadline), None, 30),
     }
 
 
