@@ -180,6 +180,7 @@ class NatsBus:
         self._subscriptions: set[NatsSubscription] = set()
         self._buckets: dict[str, KeyValue] = {}
         self._last_error = ""
+        self._refused = ""  # the server's word that it does not know us; a later try may only be cut off
         self.slow_consumer_drops = 0
         self.log = structlog.get_logger("bus").bind(bus=name)
 
@@ -224,7 +225,9 @@ class NatsBus:
                 )
         except TimeoutError:
             await self._abandon()
-            raise BusUnavailable(f"NATS does not answer at {self._shown_url()}: {self._last_error}") from None
+            raise BusUnavailable(
+                f"NATS does not answer at {self._shown_url()}: {self._refused or self._last_error}"
+            ) from None
         except (nats.errors.Error, ValueError) as error:
             self._begun = False
             raise ConfigError(f"MOECULE_NATS_URL is {self._shown_url()!r}: {error}") from error
@@ -405,6 +408,8 @@ class NatsBus:
 
     async def _on_error(self, error: Exception) -> None:
         self._last_error = str(error) or type(error).__name__
+        if "authorization" in self._last_error.lower():
+            self._refused = self._last_error
         if isinstance(error, nats.errors.SlowConsumerError):
             self.slow_consumer_drops += 1
             self.log.error("messages dropped: a handler is too slow", subject=error.subject)
