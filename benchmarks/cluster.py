@@ -111,6 +111,12 @@ class Cluster:
         Path(self.log.name).unlink(missing_ok=True)
 
 
+def memory_kb(pid: int) -> int:
+    """What it holds in memory."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
+
+
 def die_with_parent() -> None:
     """A benchmark or test that is itself killed must not leave a cluster running."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -21,14 +21,13 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import msgspec
 import nats
 
-from benchmarks.cluster import Cluster, cluster
+from benchmarks.cluster import Cluster, cluster, memory_kb
 
 SERVICES = ("gateway", "scheduler", "gpu_worker", "expert_shard")
 MEMORY_GOAL = 1.05
@@ -172,13 +171,10 @@ class Bus:
 # ---- the whole
 
 
-def memory_kb(running: Cluster) -> dict[str, int]:
-    found = {}
-    for service in SERVICES:
-        for n, pid in enumerate(running.actor_pids(service)):
-            status = Path(f"/proc/{pid}/status").read_text()
-            found[f"{service} {n}"] = int(next(x.split()[1] for x in status.splitlines() if x.startswith("VmRSS")))
-    return found
+def memory_of_all(running: Cluster) -> dict[str, int]:
+    return {
+        f"{service} {n}": memory_kb(pid) for service in SERVICES for n, pid in enumerate(running.actor_pids(service))
+    }
 
 
 def answer(url: str) -> str:
@@ -212,12 +208,12 @@ async def attack(running: Cluster, count: int, seed: int) -> bool:
             await bus.flush()
             if done + 100 >= count // 10 and not early:
                 await asyncio.sleep(1.0)
-                early = memory_kb(running)
-            told = f"{done + 100} of {count}, gateway {memory_kb(running)['gateway 0']} KB"
+                early = memory_of_all(running)
+            told = f"{done + 100} of {count}, gateway {memory_of_all(running)['gateway 0']} KB"
             print(f"\r{told}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     await asyncio.sleep(6.0)  # requests of replayed admissions end
-    after = memory_kb(running)
+    after = memory_of_all(running)
     kinds = sorted({one.rsplit(".", 1)[1] for one in (*bus.subjects, *(subject for subject, _ in bus.heard))})
     print(f"{count} inputs, half of them HTTP: {', '.join(f'{s}: {n}' for s, n in sorted(statuses.items()))}")
     print(f"the other half on NATS, subjects of: {', '.join(kinds)}")

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import shutil
 import socket
 import statistics
 import subprocess
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 
 import torch
 import uvloop
@@ -28,6 +26,7 @@ from torch import Tensor
 from common.actor import run_process
 from common.bus import Bus
 from common.errors import BusUnavailable
+from common.lines import nats_binary
 from common.log import setup_logs
 from common.messages import ExpertMap, ShardBeat, ShardEntry, new_boot_id
 from common.model_config import ModelConfig
@@ -70,8 +69,7 @@ def nats_server(folder: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
-    command = [binary, "-c", "nats.conf", "-a", "127.0.0.1", "-p", str(port), "-sd", folder]
+    command = [nats_binary(), "-c", "nats.conf", "-a", "127.0.0.1", "-p", str(port), "-sd", folder]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield f"nats://127.0.0.1:{port}"

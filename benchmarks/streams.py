@@ -19,7 +19,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import socket
 import statistics
 import subprocess
@@ -34,8 +33,9 @@ from typing import Any
 import msgspec
 import uvloop
 
-from benchmarks.cluster import ROOT, die_with_parent, free_ports
+from benchmarks.cluster import ROOT, die_with_parent, free_ports, memory_kb
 from common.bus import Bus
+from common.lines import nats_binary
 from common.messages import (
     Abort,
     Assign,
@@ -282,11 +282,6 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def memory_kb(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
-
-
 def wait_for(port: int, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while True:
@@ -322,11 +317,10 @@ def through_the_gateway(
 ) -> tuple[Seen, list[float]]:
     port, nats_port = free_ports(2)
     url = f"nats://127.0.0.1:{nats_port}"
-    binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
     env = {key: value for key, value in os.environ.items() if not key.startswith("MOECULE_")}
     env |= {"MOECULE_PORT": str(port), "MOECULE_NATS_URL": url, "MOECULE_LOG_LEVEL": "warning"}
     with tempfile.TemporaryDirectory() as store, tempfile.TemporaryFile() as log:
-        command = [binary, "-c", "nats.conf", "-p", str(nats_port), "-sd", store]
+        command = [nats_binary(), "-c", "nats.conf", "-p", str(nats_port), "-sd", store]
         nats = subprocess.Popen(command, cwd=ROOT, stderr=log, text=True, preexec_fn=die_with_parent)
         with ended(nats):
             wait_for(nats_port)

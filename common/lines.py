@@ -96,10 +96,9 @@ class NatsLine:
         if not self._local:
             print(f"moecule: NATS is expected at {host}:{port}; none is started here", file=sys.stderr, flush=True)
             return []
-        binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
         self.close()
         self._store = tempfile.mkdtemp(prefix="moecule-nats-")
-        return [binary, "-c", str(self._conf), "-a", host, "-p", str(port), "-sd", self._store]
+        return [nats_binary(), "-c", str(self._conf), "-a", host, "-p", str(port), "-sd", self._store]
 
     def tick(self) -> None:
         # The server wants a folder to start with, and never writes to it: so nothing is left behind by kill -9.
@@ -121,6 +120,11 @@ class NatsLine:
         if self._store:
             shutil.rmtree(self._store, ignore_errors=True)
             self._store = None
+
+
+def nats_binary() -> str:
+    """The package's beside this Python, else whichever is on the PATH."""
+    return shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
 
 
 def sockets_on(port: int, state: str) -> int:

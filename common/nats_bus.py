@@ -85,14 +85,15 @@ class OrderedClient(Client):
         self._pending, self._pending_data_size = [], 0
 
 
-class NatsSubscription:
-    def __init__(self, bus: NatsBus, pump: Pump) -> None:
+class NatsListener:
+    def __init__(self, bus: NatsBus, taker: Taker | None = None) -> None:
         self._bus = bus
-        self._pump = pump
+        self._taker = taker
         self.client: ClientSubscription | None = None
 
     async def take(self, message: Msg) -> None:
-        await self._pump.put(message.subject, message.data, message.reply)
+        assert self._taker is not None
+        self._taker(RawMessage(message.subject, message.data, message.reply, message.headers or {}))
 
     async def drain(self) -> None:
         try:
@@ -101,6 +102,18 @@ class NatsSubscription:
         except nats.errors.Error as error:
             # The connection broke meanwhile; what has arrived is still handled.
             self._bus.log.debug("a subscription was not drained", why=str(error))
+
+
+class NatsSubscription(NatsListener):
+    def __init__(self, bus: NatsBus, pump: Pump) -> None:
+        super().__init__(bus)
+        self._pump = pump
+
+    async def take(self, message: Msg) -> None:
+        await self._pump.put(message.subject, message.data, message.reply)
+
+    async def drain(self) -> None:
+        await super().drain()
         await self._pump.drain()
         self._bus.forget(self)
 
@@ -145,23 +158,6 @@ class Login:
                     f"{self.ca} (MOECULE_NATS_CA) holds no certificate that can be read: {error}"
                 ) from None
         return found
-
-
-class NatsListener:
-    def __init__(self, bus: NatsBus, taker: Taker) -> None:
-        self._bus = bus
-        self._taker = taker
-        self.client: ClientSubscription | None = None
-
-    async def take(self, message: Msg) -> None:
-        self._taker(RawMessage(message.subject, message.data, message.reply, message.headers or {}))
-
-    async def drain(self) -> None:
-        try:
-            if self.client is not None and self._bus.connected:
-                await self.client.drain()
-        except nats.errors.Error as error:
-            self._bus.log.debug("a subscription was not drained", why=str(error))
 
 
 class NatsBus:
@@ -298,24 +294,26 @@ class NatsBus:
         subscription = NatsSubscription(self, pump)
         self._subscriptions.add(subscription)
         try:
-            subscription.client = await self._client.subscribe(subject, queue=queue, cb=subscription.take)
-            if self.connected:
-                await self._client.flush(timeout=2)
-        except nats.errors.Error as error:
+            await self._open(subscription, subject, queue)
+        except BusUnavailable:
             subscription.cancel()
             self.forget(subscription)
-            raise BusUnavailable(f"no subscription to {subject}: {error}") from error
+            raise
         return subscription
 
     async def listen(self, subject: str, taker: Taker, *, queue: str = "") -> NatsListener:
         listener = NatsListener(self, taker)
+        await self._open(listener, subject, queue)
+        return listener
+
+    async def _open(self, listener: NatsListener, subject: str, queue: str) -> None:
+        """The server knows of it on return."""
         try:
             listener.client = await self._client.subscribe(subject, queue=queue, cb=listener.take)
             if self.connected:
                 await self._client.flush(timeout=2)
         except nats.errors.Error as error:
             raise BusUnavailable(f"no subscription to {subject}: {error}") from error
-        return listener
 
     def forget(self, subscription: NatsSubscription) -> None:
         self._subscriptions.discard(subscription)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ if shutil.which("nvidia-smi") is None:
 import pytest
 
 from common.bus import Bus
+from common.lines import NATS_CONF, nats_binary
 from common.memory_bus import MemoryBroker, MemoryBus
 from common.nats_bus import NatsBus
 
@@ -37,10 +37,11 @@ BusMaker = Callable[[], Awaitable[Bus]]
 
 
 class NatsServer:
-    """A nats-server with the repository's nats.conf on a free port, which it keeps over restarts."""
+    """A nats-server with the repository's nats.conf, or another, on a free port, which it keeps over restarts."""
 
-    def __init__(self) -> None:
+    def __init__(self, conf: Path = NATS_CONF) -> None:
         self.port = -1
+        self._conf = conf
         self._process: subprocess.Popen[str] | None = None
         self.start()
 
@@ -49,9 +50,8 @@ class NatsServer:
         return f"nats://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
         with tempfile.TemporaryDirectory(prefix="moecule-nats-") as store:
-            command = [binary, "-c", str(REPO / "nats.conf"), "-p", str(self.port), "-sd", store]
+            command = [nats_binary(), "-c", str(self._conf), "-p", str(self.port), "-sd", store]
             self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
             self.port = self._wait_ready()
 

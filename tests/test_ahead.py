@@ -10,21 +10,17 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
+from tests.compiling import pretend
+
 
 def _kernels_of_a_case() -> tuple[int, int, bool]:
     """(launches, distinct kernels compiled, whether the last one is found compiled), for sm_90 without a GPU."""
     os.environ.pop("TRITON_INTERPRET", None)
     import triton
-    from triton.backends.compiler import GPUTarget
 
     from kernels.ahead import compiling_ahead
 
-    class Driver:
-        get_current_device = staticmethod(lambda: 0)
-        get_current_stream = staticmethod(lambda device=0: 0)
-        get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-
-    triton.runtime.driver.set_active(Driver())
+    pretend("sm_90")
     from tests.kernel_cases import combine_norm
 
     run, launched = triton.JITFunction.run, []

@@ -7,8 +7,6 @@ import asyncio
 import json
 import shutil
 import ssl
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +16,11 @@ import nats
 import pytest
 import trustme
 
-from benchmarks.cluster import Cluster, cluster, free_ports
+from benchmarks.cluster import Cluster, cluster
 from common.errors import BusUnavailable, ConfigError
 from common.nats_bus import Login, NatsBus
 from common.settings import Settings
+from tests.conftest import NatsServer
 
 CONF = Path(__file__).parent.parent / "docs" / "nats-users.conf"
 KINDS = ("gateway", "scheduler", "worker", "shard", "service")
@@ -46,25 +45,11 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def url(secrets: Path, tmp_path: Path) -> Iterator[str]:
+def url(secrets: Path) -> Iterator[str]:
     """A server with that configuration."""
-    (port,) = free_ports(1)
-    binary = shutil.which("nats-server", path=str(Path(sys.executable).parent)) or "nats-server"
-    conf = str(secrets / CONF.name)
-    command = [binary, "-c", conf, "-a", "127.0.0.1", "-p", str(port), "-sd", str(tmp_path)]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert server.stderr is not None
-    said = []
-    for line in server.stderr:
-        said.append(line)
-        if "Server is ready" in line:
-            break
-    else:
-        pytest.fail("".join(said))
-    yield f"tls://127.0.0.1:{port}"
+    server = NatsServer(secrets / CONF.name)
+    yield f"tls://127.0.0.1:{server.port}"
     server.kill()
-    server.wait()
-    server.stderr.close()
 
 
 class Known:

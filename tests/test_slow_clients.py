@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from typing import TypeVar
 
 import pytest
 from starlette.types import Receive, Scope, Send
@@ -61,13 +62,20 @@ class Rig:
         return len(self.server.server_state.connections)
 
 
-@pytest.fixture
-async def rig() -> AsyncIterator[Rig]:
-    rig = Rig()
-    serving = asyncio.create_task(rig.server.run_until_finished())
+AnyRig = TypeVar("AnyRig", bound=Rig)
+
+
+async def serving(rig: AnyRig) -> AsyncIterator[AnyRig]:
+    task = asyncio.create_task(rig.server.run_until_finished())
     yield rig
     await rig.server.finish()
-    await serving
+    await task
+
+
+@pytest.fixture
+async def rig() -> AsyncIterator[Rig]:
+    async for one in serving(Rig()):
+        yield one
 
 
 @pytest.mark.parametrize(
@@ -164,11 +172,8 @@ class Flood(Rig):
 
 @pytest.fixture
 async def flood() -> AsyncIterator[Flood]:
-    flood = Flood()
-    serving = asyncio.create_task(flood.server.run_until_finished())
-    yield flood
-    await flood.server.finish()
-    await serving
+    async for one in serving(Flood()):
+        yield one
 
 
 async def test_a_client_that_takes_nothing_is_cut_and_its_request_ends(flood: Flood) -> None:

@@ -167,7 +167,7 @@ class Engine:
         if before is not None and self._must_be_known():
             chunks, before = self._finish(before), None
         plan = self.planner.plan()
-        self.waits.add(self.planner.take_started(), time.perf_counter())
+        self._note_started(time.perf_counter())
         if plan:
             self._under_way = self._launch(plan)
         if not self.runner.overlaps:
@@ -178,14 +178,17 @@ class Engine:
         self._tell(chunks, self._stats(plan, now - self._told))
         self._told = now
 
+    def _note_started(self, now: float) -> None:
+        started = self.planner.take_started()
+        for sequence in started:
+            sequence.started = now
+        self.waits.add(started, now)
+
     def _must_be_known(self) -> bool:
         """Whether the next step depends on the host's having seen this one's tokens: what a grammar lets follow."""
         return any(s.constraint is not None and s.unknown for s in self.planner.running)
 
     def _launch(self, plan: Plan) -> Step | None:
-        now = time.perf_counter()
-        for chunk in plan.prefills:
-            chunk.sequence.started = chunk.sequence.started or now
         try:
             launched = self.runner.launch(plan)
         except ExpertsUnavailable as error:
