@@ -1,4 +1,4 @@
-"""Another service on NATS: nats-py alone, and the raw protocol where nats-py would not send such a thing."""
+"""Another service on NATS: a plain client, and the raw protocol where that would not send such a thing."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+
+from common.nats_bus import OrderedClient
 
 SECONDS = 10.0
 GENERATE = "moecule.v1.generate"
@@ -98,7 +99,8 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def service(url: str) -> AsyncIterator[Service]:
-    client = await nats.connect(url, max_reconnect_attempts=-1, reconnect_time_wait=0.1)
+    client = OrderedClient()  # of nats-py alone a flush may come before what it should follow
+    await client.connect(url, max_reconnect_attempts=-1, reconnect_time_wait=0.1)
     try:
         yield Service(client)
     finally:

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nats
 import pytest
 import trustme
 
 from benchmarks.cluster import Cluster, cluster
 from common.errors import BusUnavailable, ConfigError
-from common.nats_bus import Login, NatsBus
+from common.nats_bus import Login, NatsBus, OrderedClient
 from common.settings import Settings
 from tests.conftest import NatsServer
 
@@ -67,7 +66,8 @@ class Known:
         self._url = url
 
     async def __aenter__(self) -> Known:
-        self.client = await nats.connect(self._url, **self._options)
+        self.client = OrderedClient()  # of nats-py alone a flush may come before what it should follow
+        await self.client.connect(self._url, **self._options)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -78,7 +78,6 @@ class Known:
 
     async def flush(self) -> None:
         await self.client.flush()
-        await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize(
