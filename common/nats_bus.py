@@ -29,6 +29,7 @@ from common.pump import HEADROOM, Pump, encode_within, read_reply
 from common.settings import Settings
 
 CONNECT_SECONDS = 10.0
+CLOSE_SECONDS = 1.0
 RECONNECT_WAIT_SECONDS = 0.1
 PING_SECONDS = 2
 JETSTREAM_SECONDS = 2.0
@@ -176,7 +177,6 @@ class NatsBus:
         self._subscriptions: set[NatsSubscription] = set()
         self._buckets: dict[str, KeyValue] = {}
         self._last_error = ""
-        self._refused = ""  # the server's word that it does not know us; a later try may only be cut off
         self.slow_consumer_drops = 0
         self.log = structlog.get_logger("bus").bind(bus=name)
 
@@ -221,9 +221,10 @@ class NatsBus:
                 )
         except TimeoutError:
             await self._abandon()
-            raise BusUnavailable(
-                f"NATS does not answer at {self._shown_url()}: {self._refused or self._last_error}"
-            ) from None
+            raise BusUnavailable(f"NATS does not answer at {self._shown_url()}: {self._last_error}") from None
+        except ConfigError:
+            await self._abandon()
+            raise
         except (nats.errors.Error, ValueError) as error:
             self._begun = False
             raise ConfigError(f"MOECULE_NATS_URL is {self._shown_url()!r}: {error}") from error
@@ -250,8 +251,10 @@ class NatsBus:
             self._client.drop_pending()
         self._leaving, self._since = True, None
         if self._begun:
-            with contextlib.suppress(OSError):  # the connection broke just now
-                await self._client.close()
+            # The connection broke just now, or never was: asyncio may wait for good for one whose TLS failed.
+            with contextlib.suppress(OSError, TimeoutError):
+                async with asyncio.timeout(CLOSE_SECONDS):
+                    await self._client.close()
 
     # ---- messages
 
@@ -404,10 +407,18 @@ class NatsBus:
         if not self._leaving:
             self.log.error("NATS closed the connection for good", why=str(self._client.last_error))
 
+    def _give_up_on(self, error: Exception) -> None:
+        """What no further attempt would change ends the start: raised here it ends nats-py's attempts."""
+        if "authorization" in self._last_error.lower():
+            who, setting = self._login.user or "a client without a user", "MOECULE_NATS_PASSWORDS"
+            raise ConfigError(f"NATS at {self._shown_url()} does not let {who} in ({self._last_error}): see {setting}")
+        if isinstance(error, ssl.SSLCertVerificationError):
+            raise ConfigError(f"NATS at {self._shown_url()} is not known: {self._last_error}; see MOECULE_NATS_CA")
+
     async def _on_error(self, error: Exception) -> None:
         self._last_error = str(error) or type(error).__name__
-        if "authorization" in self._last_error.lower():
-            self._refused = self._last_error
+        if self._pulse is None:
+            self._give_up_on(error)
         if isinstance(error, nats.errors.SlowConsumerError):
             self.slow_consumer_drops += 1
             self.log.error("messages dropped: a handler is too slow", subject=error.subject)
