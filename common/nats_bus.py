@@ -51,9 +51,20 @@ async def kept_cancellable(call: Coroutine[Any, Any, T]) -> T:
     return result
 
 
+class NoTls(nats.errors.Error):
+    def __str__(self) -> str:
+        return "the server does not ask for TLS"
+
+
 class OrderedClient(Client):
     """nats-py writes a PING ahead of the commands that are pending, so its `flush` returns before the server has seen
     a SUB (messages are missed) or an UNSUB (`drain` loses requests). Here a PING waits its turn."""
+
+    def _connect_command(self) -> bytes:
+        """It holds the password. nats-py leaves TLS to the server's word, which anyone can speak who takes its port."""
+        if "tls" in self.options and not self._server_info.get("tls_required"):
+            raise NoTls
+        return super()._connect_command()
 
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
         self._pongs.append(future or asyncio.get_running_loop().create_future())
@@ -412,6 +423,8 @@ class NatsBus:
         if "authorization" in self._last_error.lower():
             who, setting = self._login.user or "a client without a user", "MOECULE_NATS_PASSWORDS"
             raise ConfigError(f"NATS at {self._shown_url()} does not let {who} in ({self._last_error}): see {setting}")
+        if isinstance(error, NoTls):
+            raise ConfigError(f"NATS at {self._shown_url()} has no TLS, which tls:// or MOECULE_NATS_CA demands")
         if isinstance(error, ssl.SSLCertVerificationError):
             raise ConfigError(f"NATS at {self._shown_url()} is not known: {self._last_error}; see MOECULE_NATS_CA")
 

@@ -15,7 +15,8 @@ from common.settings import Settings, unknown_settings
 def check_all(settings: Settings) -> None:
     check_device(settings)
     check_model(settings)
-    check_nats_port(settings)
+    if check_nats_port(settings):
+        check_nats_users(settings)
     check_http_port(settings)
 
 
@@ -56,6 +57,13 @@ def check_nats_port(settings: Settings) -> bool:
     host, port = nats_address(settings)
     taken = f"something listens at {host}:{port}, where NATS would, so stop it or set MOECULE_NATS_URL"
     return _can_listen(host, port, taken)
+
+
+def check_nats_users(settings: Settings) -> None:
+    """Of a server that is started here: without users it lets everyone in, whatever password an actor shows."""
+    for name, value in (("MOECULE_NATS_PASSWORDS", settings.nats_passwords), ("MOECULE_NATS_CA", settings.nats_ca)):
+        if value and not settings.nats_conf:
+            raise ConfigError(f"{name} is set, and nats.conf has neither users nor TLS: set MOECULE_NATS_CONF")
 
 
 def check_http_port(settings: Settings) -> None:

@@ -55,6 +55,15 @@ def test_it_tells_no_password() -> None:
     assert "secret" not in json.dumps(DOCUMENT)
 
 
+def test_it_tells_how_to_connect_to_a_server_with_users_and_tls() -> None:
+    broker = Broker("tls://nats.example.com:4222", "tiny", 2048, users=True, tls=True)
+    server = json.loads(asyncapi_page(broker))["servers"]["nats"]
+    assert (server["host"], server["protocol"]) == ("nats.example.com:4222", "nats")
+    assert "TLS" in server["description"]
+    (scheme,) = server["security"]
+    assert scheme["type"] == "userPassword" and "_INBOX.<user>" in scheme["description"]
+
+
 def test_every_reference_leads_somewhere() -> None:
     refs = {node["$ref"] for node in nodes(DOCUMENT) if isinstance(node.get("$ref"), str)}
     assert len(refs) > 30 and all(isinstance(at(ref), dict) for ref in refs)

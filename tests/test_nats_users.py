@@ -19,6 +19,7 @@ import trustme
 from benchmarks.cluster import Cluster, cluster
 from common.errors import ConfigError
 from common.nats_bus import CONNECT_SECONDS, Login, NatsBus, OrderedClient
+from common.preflight import check_nats_users
 from common.settings import Settings
 from tests.conftest import NatsServer
 
@@ -132,6 +133,33 @@ async def test_a_server_whom_nobody_vouches_for_is_not_talked_to(secrets: Path, 
     with pytest.raises(ConfigError, match=r"is not known: .*certificate verify failed.*; see MOECULE_NATS_CA"):
         await bus.connect()
     await bus.close()
+
+
+async def test_a_password_is_not_shown_to_whoever_has_no_tls(secrets: Path, nats_url: str) -> None:
+    password = (secrets / "gateway").read_text().strip()
+    heard = bytearray()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"server_id":"x","version":"2.12.0","max_payload":1048576,"headers":true}\r\n')
+        heard.extend(await reader.read(4096))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        for url in (f"tls://127.0.0.1:{port}", f"nats://127.0.0.1:{port}", nats_url):
+            bus = NatsBus(url, "test", Login("gateway", password, str(secrets / "ca.pem")))
+            with pytest.raises(ConfigError, match="has no TLS, which tls:// or MOECULE_NATS_CA demands"):
+                await bus.connect()
+            await bus.close()
+    assert not heard
+
+
+@pytest.mark.parametrize("name", ["nats_passwords", "nats_ca"])
+def test_a_server_of_ours_without_users_ends_the_start(secrets: Path, name: str) -> None:
+    told = {name: str(secrets)}
+    with pytest.raises(ConfigError, match=f"MOECULE_{name.upper()} is set, .*: set MOECULE_NATS_CONF"):
+        check_nats_users(Settings(**told))
+    check_nats_users(Settings(nats_conf=str(secrets / CONF.name), **told))
 
 
 def test_a_missing_or_empty_password_is_told(tmp_path: Path) -> None:

@@ -52,6 +52,14 @@ class Gateway(Actor):
         preparer = Preparer(settings, config, tokenizer, self.peers.most_cached_tokens)
         limits = settings.body_limit, settings.receive_seconds
         self.generator = Generator(preparer, self.streams, metrics, self.clock, self.log, *limits)
+        broker = Broker(
+            settings.nats_url,
+            preparer.name,
+            config.vocab,
+            keys_wanted=self.keys.wanted,
+            users=bool(settings.nats_passwords),
+            tls=bool(settings.nats_ca) or settings.nats_url.startswith("tls:"),
+        )
         app = App(
             self.generator,
             self.keys,
@@ -62,7 +70,7 @@ class Gateway(Actor):
             page_routes(self.cluster),
             int(time.time()),
             self.log,
-            asyncapi_page(Broker(settings.nats_url, preparer.name, config.vocab, self.keys.wanted)),
+            asyncapi_page(broker),
         )
         self.door = Door(
             self.bus,

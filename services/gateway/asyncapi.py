@@ -65,6 +65,8 @@ words. Codes: {{codes}}.
 """
 KEY = """ This server asks for an API key: send the header `Authorization: Bearer KEY` with requests and with the
 question for the models. A cancellation needs none, since nobody else knows the request's id."""
+USER = """A user of yours and its password, from whoever runs the server (docs/nats-users.conf calls it `service`). Such
+a user hears only inboxes that begin with its own name: connect with the inbox prefix `_INBOX.<user>`."""
 CODES: tuple[type[MoeculeError], ...] = tuple(
     dict.fromkeys(
         (
@@ -89,6 +91,8 @@ class Broker:
     model: str
     vocab: int
     keys_wanted: bool = False
+    users: bool = False  # it asks who connects
+    tls: bool = False
 
 
 def asyncapi_page(broker: Broker) -> bytes:
@@ -105,18 +109,23 @@ def asyncapi_document(broker: Broker) -> dict[str, Any]:
             "description": ABOUT.format(model=broker.model, codes=codes, key=KEY if broker.keys_wanted else ""),
         },
         "defaultContentType": "application/json",
-        "servers": {"nats": _server(broker.nats_url)},
+        "servers": {"nats": _server(broker)},
         "channels": _CHANNELS,
         "operations": _OPERATIONS,
         "components": {"messages": _messages(broker), "schemas": _schemas(broker)},
     }
 
 
-def _server(url: str) -> dict[str, str]:
+def _server(broker: Broker) -> dict[str, Any]:
     """Without a user's name and password."""
-    parts = urlsplit(url)
+    parts = urlsplit(broker.nats_url)
     host = parts.netloc.rpartition("@")[2]
-    return {"host": host or url, "protocol": parts.scheme or "nats"}
+    server: dict[str, Any] = {"host": host or broker.nats_url, "protocol": "nats"}
+    if broker.tls:
+        server["description"] = "It speaks TLS: connect to `tls://`, with the certificate of its authority."
+    if broker.users:
+        server["security"] = [{"type": "userPassword", "description": USER}]
+    return server
 
 
 # ---- channels and operations

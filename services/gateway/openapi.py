@@ -12,6 +12,7 @@ from common.errors import (
     BodyTimeout,
     BodyTooLarge,
     BusTimeout,
+    BusUnavailable,
     ContextLengthExceeded,
     DeadlineExceeded,
     Draining,
@@ -115,7 +116,7 @@ class Operation:
 READING = (InvalidRequest, BodyTimeout, BodyTooLarge)
 GENERATING = (
     *READING, ContextLengthExceeded, ModelNotFound, DeadlineExceeded, Overloaded, RateLimited, NoWorker,
-    ExpertsUnavailable, WorkerLost, Draining, NoResponders, BusTimeout,
+    ExpertsUnavailable, WorkerLost, Draining, NoResponders, BusTimeout, BusUnavailable,
 )  # fmt: skip
 DEADLINE = {
     "name": "x-request-deadline-ms", "in": "header", "required": False,
