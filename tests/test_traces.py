@@ -8,16 +8,25 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 import nats
 import pytest
+import structlog
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from benchmarks.cluster import Cluster, cluster, free_ports
+from common.messages import Generate, Message, Sampling, Watch
+from common.settings import Settings
+from common.tracing import NOT_RECORDED, Traces, current, open_traces
+from services.expert_shard.metrics import ShardCounts
+from services.expert_shard.watch import MOST, Watches
+from services.gpu_worker.engine import RequestTimes
+from services.gpu_worker.spans import RequestSpans
 from tests.conftest import REPO
 
 OURS = 0.005  # seconds that clocks read in two places of one machine may differ by
@@ -128,9 +137,9 @@ def new_trace() -> str:
     return f"{next(_traces):032x}"
 
 
-def ask(running: Cluster, traceparent: str = "", **fields: Any) -> httpx.Response:
+def ask(running: Cluster, traceparent: str = "", key: str = "none", **fields: Any) -> httpx.Response:
     body = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 20, "ignore_eos": True} | fields
-    headers = {"traceparent": traceparent} if traceparent else {}
+    headers = {"authorization": f"Bearer {key}"} | ({"traceparent": traceparent} if traceparent else {})
     return httpx.post(f"{running.url}/v1/completions", json=body, headers=headers, timeout=60)
 
 
@@ -278,12 +287,16 @@ def test_a_request_whose_client_leaves_ends_everywhere(traced: Cluster, collecto
 
 
 @pytest.mark.cluster
-def test_what_was_recorded_last_is_sent_before_the_end(collector: Collector):
-    trace = new_trace()
-    with cluster(shards=2, device="cpu", traces=collector.url) as running:
-        ask(running, f"00-{trace}-00000000000000aa-01")
+def test_what_was_recorded_last_is_sent_before_the_end(collector: Collector, tmp_path: Path):
+    """Over the bus link, and with keys."""
+    keys, trace = tmp_path / "keys", new_trace()
+    keys.write_text("alice mk-0123456789abcdef\n")
+    keys.chmod(0o600)
+    with cluster(shards=2, device="cpu", traces=collector.url, link="bus", api_keys=keys) as running:
+        ask(running, f"00-{trace}-00000000000000aa-01", key="mk-0123456789abcdef")
         running.stop()
     assert collector.names(trace) == ALL
+    assert one_named(collector.of(trace), ALL[0]).attributes["moecule.key"] == "alice"
 
 
 @pytest.mark.cluster
@@ -312,6 +325,109 @@ def test_without_the_setting_nothing_is_sent(collector: Collector, monkeypatch: 
     assert collector.of(trace) == []
 
 
+# ---- without a cluster
+
+
+@pytest.fixture
+async def traces(collector: Collector) -> AsyncIterator[Traces]:
+    one = open_traces(Settings(traces=collector.url), "test", "me", structlog.get_logger())
+    yield one
+    await one.close()
+
+
+def generate_in(trace: str) -> Generate:
+    parent = f"00-{trace}-00000000000000aa-01"
+    return Generate(request_id="r", gateway_id="g", prompt=(1,), sampling=Sampling(max_tokens=1), traceparent=parent)
+
+
+async def test_what_a_request_that_was_not_sampled_does_is_not_recorded(traces: Traces, collector: Collector):
+    trace = new_trace()
+    with traces.request("door", f"00-{trace}-00000000000000aa-00") as span:
+        assert span is current() is NOT_RECORDED
+        with current().child("assign") as child:
+            assert child.traceparent == ""
+    assert traces.begin("generate", "") is NOT_RECORDED, "who sent no span does not want one"
+    await traces.close()
+    assert collector.of(trace) == []
+
+
+async def test_a_span_is_that_of_its_block_and_of_the_tasks_made_there(traces: Traces, collector: Collector):
+    trace = new_trace()
+
+    async def in_a_task() -> str:
+        return current().traceparent
+
+    with traces.request("door", f"00-{trace}-00000000000000aa-01") as door:
+        assert await asyncio.create_task(in_a_task()) == door.traceparent
+        with pytest.raises(ZeroDivisionError), current().child("inner") as inner:
+            assert current() is inner
+            _ = 1 / 0
+        assert current() is door
+    assert current() is NOT_RECORDED
+    await traces.close()
+    assert [(span.name, span.status, span.attributes) for span in collector.of(trace)] == [
+        ("door", 0, {}),
+        ("inner", 2, {"error.type": "ZeroDivisionError"}),
+    ]
+
+
+async def test_a_share_of_the_requests_that_come_without_a_span(collector: Collector):
+    some = open_traces(Settings(traces=collector.url, traces_ratio=0.25), "test", "me", structlog.get_logger())
+    recorded = 0
+    for _ in range(400):
+        with some.request("door", "") as span:
+            recorded += bool(span.traceparent)
+    assert 50 < recorded < 150
+    wanted = f"00-{new_trace()}-00000000000000aa-01"
+    with some.request("door", wanted) as span:
+        assert span.traceparent
+    await some.close()
+
+
+async def test_shards_hear_last_that_a_request_has_ended_even_if_it_ends_while_they_are_told(traces: Traces):
+    told: list[tuple[str, bool]] = []
+    times = RequestTimes("r", *(time.perf_counter() for _ in range(4)), preemptions=0)
+
+    async def publish(to: str, message: Message) -> None:
+        assert isinstance(message, Watch)
+        told.append((to.split(".")[-2], message.ends))
+        if len(told) == 1:
+            await spans.end(times, None)
+
+    spans = RequestSpans(traces, publish)
+    await spans.begin(generate_in(new_trace()), ("a", "b"), 1)
+    assert "r" not in spans
+    assert {shard: ends for shard, ends in told} == {"a": True, "b": True}
+
+
+async def test_a_request_that_ends_in_the_queue_has_no_other_phase(traces: Traces, collector: Collector):
+    async def publish(_: str, message: Message) -> None: ...
+
+    trace, now = new_trace(), time.perf_counter()
+    spans = RequestSpans(traces, publish)
+    await spans.begin(generate_in(trace), (), 1)
+    await spans.end(RequestTimes("r", now - 2.0, 0.0, 0.0, now, 0), None)
+    await traces.close()
+    (queue,) = [span for span in collector.of(trace) if span.name != "generate"]
+    assert queue.name == "queue" and queue.ended - queue.began == pytest.approx(2.0, abs=OURS)
+
+
+async def test_a_shard_forgets_the_watches_of_workers_that_died(traces: Traces, collector: Collector):
+    rows = 0
+    watches = Watches(traces, lambda: ShardCounts(1, 1, rows, 0.0, (), 0, 0))
+    trace = new_trace()
+    parents = [f"00-{trace}-{i:016x}-01" for i in range(1, MOST + 2)]
+    for parent in parents:
+        watches.take(Watch(traceparent=parent))
+    rows = 7
+    for parent in (parents[0], parents[-1], parents[-1]):
+        watches.take(Watch(traceparent=parent, ends=True))
+    await traces.close()
+    (span,) = collector.of(trace)
+    assert span.parent == f"{MOST + 1:016x}"
+    assert span.attributes == {"moecule.rows": 7, "moecule.partitions": 1}, "a GPU's seconds are not known"
+
+
 MAKE_ALL = """
 import sys
 from common.memory_bus import MemoryBroker, MemoryBus
@@ -326,7 +442,7 @@ print([name for name in sys.modules if name.partition(".")[0] == "opentelemetry"
 
 
 def test_without_the_setting_opentelemetry_is_not_imported():
-    done = subprocess.run([sys.executable, "-c", MAKE_ALL], cwd=REPO, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", MAKE_ALL], cwd=REPO, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
