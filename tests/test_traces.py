@@ -364,7 +364,7 @@ async def test_a_span_is_that_of_its_block_and_of_the_tasks_made_there(traces: T
             _ = 1 / 0
         assert current() is door
     assert current() is NOT_RECORDED
-    await traces.close()
+    until(lambda: len(collector.of(trace)) == 2)
     assert [(span.name, span.status, span.attributes) for span in collector.of(trace)] == [
         ("door", 0, {}),
         ("inner", 2, {"error.type": "ZeroDivisionError"}),
@@ -407,7 +407,7 @@ async def test_a_request_that_ends_in_the_queue_has_no_other_phase(traces: Trace
     spans = RequestSpans(traces, publish)
     await spans.begin(generate_in(trace), (), 1)
     await spans.end(RequestTimes("r", now - 2.0, 0.0, 0.0, now, 0), None)
-    await traces.close()
+    until(lambda: len(collector.of(trace)) == 2)
     (queue,) = [span for span in collector.of(trace) if span.name != "generate"]
     assert queue.name == "queue" and queue.ended - queue.began == pytest.approx(2.0, abs=OURS)
 
@@ -422,6 +422,7 @@ async def test_a_shard_forgets_the_watches_of_workers_that_died(traces: Traces, 
     rows = 7
     for parent in (parents[0], parents[-1], parents[-1]):
         watches.take(Watch(traceparent=parent, ends=True))
+    until(lambda: bool(collector.of(trace)))
     await traces.close()
     (span,) = collector.of(trace)
     assert span.parent == f"{MOST + 1:016x}"
