@@ -23,6 +23,7 @@ from common.messages import GetMetrics, Message, State, new_boot_id, subject
 from common.settings import Settings, node_id
 from common.settings import actor_id as place_in_cluster
 from common.telemetry import new_registry, render
+from common.tracing import open_traces
 
 BEAT_SECONDS = 0.25
 SILENT_SECONDS = 5.0  # a peer without a heartbeat for so long is dead, counted while our own bus is connected
@@ -50,6 +51,7 @@ class Actor:
         self.state: State = "starting"
         self.metrics = new_registry(self.kind, self.id, self.boot_id)
         self.log = actor_log(self.kind, self.id)
+        self.traces = open_traces(settings, self.kind, self.id, self.log)
         self._is_ready = asyncio.Event()
         self._beat_due = asyncio.Event()
         self._spawned: set[asyncio.Task[Any]] = set()
@@ -110,8 +112,11 @@ class Actor:
             raise first_leaf(failures) from failures
         finally:
             self._group = None
-            if started:
-                await self.stop()
+            try:
+                if started:
+                    await self.stop()
+            finally:
+                await self.traces.close()
 
     # ---- the base's own part
 

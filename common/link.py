@@ -54,6 +54,10 @@ class NoLinks:
         self.version = 0  # of the newest expert map, which is acknowledged unread
         self.on_change: Callable[[], None] = lambda: None
 
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return ()
+
     async def set_map(self, new_map: ExpertMap) -> None:
         self.version = new_map.version
 

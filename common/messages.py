@@ -17,6 +17,7 @@ Subjects (an id is letters, digits, `-` and `_`):
 | moecule.v1.shard.<id>.load       | LoadPartitions -> Ok             | scheduler -> shard     |
 | moecule.v1.shard.<id>.attach     | Attach -> Attached               | worker -> shard        |
 | moecule.v1.shard.<id>.experts    | ExpertRows -> ExpertSums         | worker -> shard (bus)  |
+| moecule.v1.shard.<id>.watch      | Watch                            | worker -> shard        |
 | moecule.v1.<kind>.<id>.metrics   | GetMetrics -> Metrics            | gateway -> everyone    |
 
 What passes the gateway's NATS door is JSON, for services of any language: services/gateway/door_messages.py.
@@ -199,7 +200,8 @@ class Generate(Message):
     """One request, admitted by the worker it is sent to. `prompt` are token ids.
 
     `tenant`: whose it is, empty where nobody is told apart. `priority`: lower is earlier, as vLLM has it. `deadline`:
-    seconds that are left of it when this is sent, since the clocks of nodes differ; None: it has none.
+    seconds that are left of it when this is sent, since the clocks of nodes differ; None: it has none. `traceparent`:
+    the span that asks, as W3C writes it; empty: the request is not traced.
     """
 
     request_id: str
@@ -210,14 +212,18 @@ class Generate(Message):
     priority: int = 0
     deadline: float | None = None
     salt: str = ""
+    traceparent: str = ""
 
 
 class Assign(Message):
+    """`traceparent` as in Generate."""
+
     request_id: str
     prompt_tokens: int
     max_tokens: int
     page_hashes: tuple[bytes, ...] = ()
     tenant: str = ""
+    traceparent: str = ""
 
 
 class Assigned(Message):
@@ -379,6 +385,13 @@ class ExpertSums(Message):
 # ---- telemetry ------------------------------------------------------------------------------------------------------
 
 
+class Watch(Message):
+    """Tell, as a child of the span `traceparent`, what you did from now until the same comes with `ends`."""
+
+    traceparent: str
+    ends: bool = False
+
+
 class GetMetrics(Message):
     pass
 
@@ -392,7 +405,7 @@ class Metrics(Message):
 _decoder = msgspec.msgpack.Decoder(
     Ok | Failed | GatewayBeat | SchedulerBeat | WorkerBeat | ShardBeat | Generate | Assign | Assigned | StepTokens
     | Abort | Resume | PagesChanged | GetPages | ForgetPages | ExpertMap | GetMap | LoadPartitions | Attach | Attached
-    | ExpertRows | ExpertSums | GetMetrics | Metrics
+    | ExpertRows | ExpertSums | Watch | GetMetrics | Metrics
 )  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
 

@@ -10,11 +10,13 @@ from urllib.parse import urlsplit
 
 from common.errors import ConfigError
 from common.settings import Settings, unknown_settings
+from common.tracing import check_traces
 
 
 def check_all(settings: Settings) -> None:
     check_device(settings)
     check_model(settings)
+    check_traces(settings)
     if check_nats_port(settings):
         check_nats_users(settings)
     check_http_port(settings)

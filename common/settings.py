@@ -21,6 +21,8 @@ ID_PATTERN = "^[A-Za-z0-9_-]{1,64}$"  # of an actor's id, which is a part of its
 ID_WORDS = "1 to 64 letters, digits, - and _"
 _ORIGIN = r"(\*|[a-z][a-z0-9+.-]*://[^\s/,]+)"
 ORIGINS_PATTERN = rf"^{_ORIGIN}(\s*,\s*{_ORIGIN})*$"
+URL_PATTERN = r"^https?://[^\s/]\S*$"
+URL_WORDS = "a URL like http://127.0.0.1:4318"
 ORIGINS_WORDS = "* or origins like https://chat.example.com, with commas between"
 SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
@@ -95,6 +97,12 @@ class Settings:
         30.0, "how long a client may take nothing of its answer before it is cut off", low=0.1, unit="s"
     )
     drain_seconds: float = setting(4.0, "how long a leaving actor finishes what is in flight", low=0, unit="s")
+    traces: str = setting(
+        "", "OTLP/HTTP endpoint that gets the traces; empty: none are made", pattern=URL_PATTERN, says=URL_WORDS
+    )
+    traces_ratio: float = setting(
+        1.0, "share of requests that are traced, where their traceparent does not decide", low=0, high=1
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe log line shown")
     log_json: bool = setting(False, "log lines as JSON objects")
 

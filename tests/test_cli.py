@@ -74,7 +74,8 @@ def test_without_an_option_they_are_those_of_the_environment():
 
 def test_every_setting_is_an_option_that_wins_over_its_variable():
     others = {"device": "cpu", "link": "bus", "log_level": "error", "body_limit": "2048", "cors_origins": "*"}
-    others |= {"weights": "random", "kv_cache": "fp8", "gpu_memory": "0.5"}
+    others |= {"weights": "random", "kv_cache": "fp8", "gpu_memory": "0.5", "traces_ratio": "0.5"}
+    others["traces"] = "http://127.0.0.1:4318"
     for field in dataclasses.fields(Settings):
         text = others.get(field.name, str(1 - field.default) if isinstance(field.default, bool) else "2")
         read = read_settings([f"--{field.name.replace('_', '-')}", text], {PREFIX + field.name.upper(): "?"})

@@ -33,6 +33,7 @@ from common.messages import (
     Message,
     Ok,
     ShardBeat,
+    Watch,
     WorkerBeat,
     subject,
 )
@@ -41,6 +42,7 @@ from common.source import open_source
 from services.expert_shard.experts import ExpertStore
 from services.expert_shard.metrics import ShardCounts, ShardMetrics
 from services.expert_shard.server import Attachment, ExpertServer, Job
+from services.expert_shard.watch import Watches
 
 BUS_CONCURRENCY = 16
 DRAIN_POLL_SECONDS = 0.02
@@ -63,12 +65,14 @@ class ExpertShard(Actor):
         self._bus_workers: dict[str, float] = {}  # those that sent rows over the bus -> when they were last heard
         self._sockets: dict[socket.socket, Attachment | None] = {}
         ShardMetrics(self.metrics, self._counts)
+        self._watches = Watches(self.traces, self._counts)
         self._listen()
         self.spawn(self._follow_wanted(), "load")
         self._subscriptions = [
             await self.bus.subscribe(self._subject("load"), self._on_load),
             await self.bus.subscribe(self._subject("attach"), self._on_attach),
             await self.bus.subscribe(self._subject("experts"), self._on_experts, concurrency=BUS_CONCURRENCY),
+            await self.bus.subscribe(self._subject("watch"), self._on_watch),
             await self.bus.subscribe("moecule.v1.worker.*.beat", self._on_worker),
         ]
 
@@ -143,6 +147,10 @@ class ExpertShard(Actor):
 
     def _expert_tokens(self) -> tuple[int, ...]:
         return tuple(self.store.tokens)
+
+    async def _on_watch(self, _: str, message: Message) -> None:
+        if isinstance(message, Watch):
+            self._watches.take(message)
 
     # ---- what to hold
 

@@ -51,7 +51,7 @@ class Gateway(Actor):
         self.streams = Streams(self.bus, self.id, self.peers, metrics, self.clock, self._spawn_unless_leaving, self.log)
         preparer = Preparer(settings, config, tokenizer, self.peers.most_cached_tokens)
         limits = settings.body_limit, settings.receive_seconds
-        self.generator = Generator(preparer, self.streams, metrics, self.clock, self.log, *limits)
+        self.generator = Generator(preparer, self.streams, metrics, self.clock, self.log, *limits, self.traces)
         broker = Broker(
             settings.nats_url,
             preparer.name,

@@ -247,7 +247,7 @@ class Door:
         try:
             if len(self._callers) > MOST_CALLERS:
                 raise Overloaded(f"this gateway has {MOST_CALLERS} requests over NATS already")
-            with self._generator.taking(self._keys.caller(shown(message))) as permit:
+            with self._generator.taking(self._keys.caller(shown(message)), GENERATE, traceparent_of(message)) as permit:
                 await self._follow(message, caller, permit)
             self._generate.answered(self._clock.now() - began)
         except MoeculeError as error:
@@ -307,6 +307,11 @@ class Door:
 def shown(message: RawMessage) -> str | None:
     """The key that came with a message, in HTTP's header; None: there is none."""
     return bearer((name.lower().encode(), value.encode()) for name, value in message.headers.items())
+
+
+def traceparent_of(message: RawMessage) -> str:
+    """W3C's, in HTTP's header; empty: there is none."""
+    return next((text for name, text in message.headers.items() if name.lower() == "traceparent"), "")
 
 
 class _Batches:

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from common.actor import first_leaf
 from common.clock import Clock, within
 from common.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MoeculeError, RequestCancelled
+from common.tracing import Attributes, Traces, current
 from services.gateway.bodies import decode_body
 from services.gateway.limits import Caller, Permit
 from services.gateway.metrics import GatewayMetrics
@@ -48,7 +49,7 @@ class Generator:
 
     def __init__(
         self, preparer: Preparer, streams: Streams, metrics: GatewayMetrics, clock: Clock, log: Any,
-        body_limit: int, receive_seconds: float,
+        body_limit: int, receive_seconds: float, traces: Traces,
     ) -> None:  # fmt: skip
         self.preparer = preparer
         self.body_limit = body_limit
@@ -59,18 +60,24 @@ class Generator:
         self.metrics = metrics
         self._clock = clock
         self._log = log
+        self._traces = traces
         self._warned: set[str] = set()
 
     @contextlib.contextmanager
-    def taking(self, caller: Caller, timeout: float | None = None) -> Iterator[Permit]:
-        """A request, until its answer is complete, by whichever door it came. Raises why none is taken."""
+    def taking(self, caller: Caller, name: str, traceparent: str, timeout: float | None = None) -> Iterator[Permit]:
+        """A request, until its answer is complete, by whichever door it came. Raises why none is taken. `name` and
+        `traceparent` are for its span, in which all of the block happens."""
         if self.refusal:
             raise self.refusal
         self.active += 1
         self.metrics.running.set(self.active)
         try:
-            with caller.request(timeout) as permit:
-                yield permit
+            with self._traces.request(name, traceparent) as span:
+                span.set({"gen_ai.request.model": self.preparer.name})
+                if caller.key.name:
+                    span.set({"moecule.key": caller.key.name})
+                with caller.request(timeout) as permit:
+                    yield permit
         except MoeculeError as error:
             self.metrics.failed(error.code)
             raise
@@ -122,6 +129,9 @@ class Generator:
                 watcher.cancel()
         except BaseExceptionGroup as failures:
             raise first_leaf(failures) from failures
+        finally:
+            if (span := current()).traceparent:
+                span.set(_attributes(jobs, outputs))
 
     async def run_told(
         self, jobs: list[Job], outputs: list[Output], receive: Receive, on_delta: OnDelta, events: EventStream
@@ -134,6 +144,7 @@ class Generator:
             if not events.begun or isinstance(error, RequestCancelled):
                 raise
             self.metrics.failed(error.code)
+            current().fail(error)
             return error
         return None
 
@@ -160,7 +171,8 @@ class Endpoint(Generic[Body]):
         self._kind: type[Body] = kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._generator.taking(scope["moecule.caller"], timeout_of(scope)) as permit:
+        name, traceparent = f"POST {scope['path']}", dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
+        with self._generator.taking(scope["moecule.caller"], name, traceparent, timeout_of(scope)) as permit:
             await self.answer(permit, scope, receive, send)
 
     async def answer(self, permit: Permit, scope: Scope, receive: Receive, send: Send) -> None:
@@ -233,6 +245,16 @@ def usage_of(body: AnyBody, jobs: list[Job], outputs: list[Output]) -> Usage:
     firsts = range(0, len(jobs), body.n or 1)
     prompt_tokens = sum(len(jobs[i].prompt) for i in firsts)
     return Usage.of(prompt_tokens, outputs, cached_tokens=sum(outputs[i].cached_tokens for i in firsts))
+
+
+def _attributes(jobs: list[Job], outputs: list[Output]) -> Attributes:
+    """By the names that OpenTelemetry has for them; the choices of a prompt share it."""
+    prompts = {id(job.prompt): len(job.prompt) for job in jobs}
+    return {
+        "gen_ai.usage.input_tokens": sum(prompts.values()),
+        "gen_ai.usage.output_tokens": sum(output.completion_tokens for output in outputs),
+        "gen_ai.response.finish_reasons": [output.finish for output in outputs if output.finish],
+    }
 
 
 def timeout_of(scope: Scope) -> float | None:

@@ -72,6 +72,7 @@ class Output:
         self.cached_tokens = 0
         self.completion_tokens = 0
         self.reasoning_tokens = 0
+        self.finish: str | None = None
         self._job = job
         self._begun = False
         self._offset = len(job.echo.text) if job.echo else 0
@@ -177,4 +178,5 @@ class Output:
         if self._parser is not None:
             self._add_events(delta, self._parser.flush())
             delta.finish = finish_reason(delta.finish, self._called)
+        self.finish = delta.finish
         return delta

@@ -166,10 +166,11 @@ class Preparer:
         scored = sampling.prompt_logprobs is not None  # such a prompt is computed anew, wherever its pages are
         hashes = [] if scored else await off_loop(len(tokens), page_hashes, tokens, self.config.fingerprint, salt)
         seed = body.seed if body.seed is not None else secrets.randbits(63)
+        prompt = tuple(tokens)
         return [
             Job(
                 index=i,
-                prompt=tuple(tokens),
+                prompt=prompt,
                 page_hashes=tuple(hashes),
                 sampling=_with_seed(sampling, seed + i),
                 stops=tuple(body.stops),

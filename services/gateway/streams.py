@@ -45,6 +45,7 @@ from common.messages import (
     subject,
     subject_of_kind,
 )
+from common.tracing import current
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.peers import Peers
 from services.gateway.prepare import Job
@@ -207,22 +208,25 @@ class Streams:
             sampling=job.sampling,
             tenant=job.tenant,
             priority=job.priority,
+            traceparent=current().traceparent,
             deadline=None if job.deadline is None else job.deadline - self._clock.now(),
             salt=job.salt,
         )
 
     async def _assign(self, stream: Stream, job: Job) -> None:
-        ask = Assign(
-            request_id=stream.request_id,
-            prompt_tokens=len(job.prompt),
-            max_tokens=job.sampling.max_tokens,
-            page_hashes=job.page_hashes,
-            tenant=job.tenant,
-        )
-        try:
-            assigned = await self._bus.request(subject_of_kind("assign"), ask)
-        except (NoResponders, BusTimeout) as error:
-            raise NoWorker("the scheduler does not answer") from error
+        with current().child("assign") as span:
+            ask = Assign(
+                request_id=stream.request_id,
+                prompt_tokens=len(job.prompt),
+                max_tokens=job.sampling.max_tokens,
+                page_hashes=job.page_hashes,
+                tenant=job.tenant,
+                traceparent=span.traceparent,
+            )
+            try:
+                assigned = await self._bus.request(subject_of_kind("assign"), ask)
+            except (NoResponders, BusTimeout) as error:
+                raise NoWorker("the scheduler does not answer") from error
         assert isinstance(assigned, Assigned)
         stream.worker_id, stream.boot_id = assigned.worker_id, assigned.worker_boot_id
 

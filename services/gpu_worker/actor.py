@@ -58,6 +58,7 @@ from services.gpu_worker.pages import PageAllocator
 from services.gpu_worker.planner import Planner
 from services.gpu_worker.runner import CpuRunner
 from services.gpu_worker.sampler import Sampler
+from services.gpu_worker.spans import RequestSpans
 from services.gpu_worker.streams import Streams
 from services.gpu_worker.weights import load_weights
 
@@ -80,6 +81,7 @@ class Worker(Actor):
         self.config = await asyncio.to_thread(ModelConfig.load, settings.model, settings.weights)
         self.streams = Streams(self.clock)
         self.load = Loading(self.log)
+        self.spans = RequestSpans(self.traces, self._publish)
         self.metered = WorkerMetrics(self.metrics, self._standing)
         self._stats = Stats(0, 0, 0, 0)
         self._compiling = Counter[str]()  # tenant -> its admissions that wait for a grammar
@@ -237,6 +239,8 @@ class Worker(Actor):
         self.streams.open(message, ends)
         self._admitted_tokens += len(message.prompt)
         self.engine.submit(message, constraint)
+        if message.traceparent:
+            await self.spans.begin(message, self.links.shards, self.links.version)
         return Ok()
 
     async def _constraint(self, tenant: str, grammar: Grammar) -> Constraint:
@@ -307,6 +311,9 @@ class Worker(Actor):
                 for part in _messages(chunks):
                     message = StepTokens(worker_id=self.id, boot_id=self.boot_id, chunks=part)
                     await self._publish(subject("gateway", gateway_id, "tokens"), message)
+            for times in (*output.ended, *output.cut):
+                if times.request_id in self.spans:
+                    await self.spans.end(times, self.streams.chunk(times.request_id, 0))
             if output.added or output.evicted:
                 await self._tell_pages(output)
             if self.engine.crashed:

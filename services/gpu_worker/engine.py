@@ -45,11 +45,27 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class RequestTimes:
-    """Seconds of a request that came to its end: in the queue, to its first token, and from there to its last."""
+    """A request that ended: when it came, when a step first computed of it, when its first token was known and when its
+    last, all of perf_counter(). 0: it ended before."""
 
-    queue: float
-    prefill: float
-    decode: float
+    request_id: str
+    arrived: float
+    started: float
+    answered: float
+    ended: float
+    preemptions: int
+
+    @property
+    def queue(self) -> float:
+        return self.started - self.arrived
+
+    @property
+    def prefill(self) -> float:
+        return self.answered - self.started
+
+    @property
+    def decode(self) -> float:
+        return self.ended - self.answered
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,7 @@ class StepOutput:
     evicted: list[bytes]
     stats: Stats
     ended: list[RequestTimes] = field(default_factory=list)
+    cut: list[RequestTimes] = field(default_factory=list)  # those that did not come to their end
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,8 @@ class Engine:
         self._wake = threading.Condition()
         self._stopping = False
         self._ended: dict[str, list[TokenChunk]] = {}  # what ended outside of sampling, told with the next emit
-        self._times: list[RequestTimes] = []  # of requests that ended since the last emit
+        self._times: list[RequestTimes] = []  # of requests that came to their end since the last emit
+        self._cut: list[RequestTimes] = []  # and of those that did not
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self.crashed: BaseException | None = None
 
@@ -281,6 +299,7 @@ class Engine:
                     error=(error.code, error.message) if error else None,
                 )
                 self._ended.setdefault(sequence.request.gateway_id, []).append(chunk)
+                self._cut.append(_times(sequence, time.perf_counter()))
                 self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
@@ -294,7 +313,8 @@ class Engine:
             chunks.setdefault(gateway_id, []).extend(more)
         added, evicted = self.planner.allocator.take_changes()
         times, self._times = self._times, []
-        self._emit(StepOutput(chunks, added, evicted, stats, times))
+        cut, self._cut = self._cut, []
+        self._emit(StepOutput(chunks, added, evicted, stats, times, cut))
 
     def _stats(self, plan: Plan, seconds: float) -> Stats:
         planner = self.planner
@@ -312,8 +332,8 @@ class Engine:
 
 
 def _times(sequence: Sequence, now: float) -> RequestTimes:
-    started, answered = sequence.started, sequence.answered
-    return RequestTimes(started - sequence.arrived, answered - started, now - answered)
+    marks = sequence.arrived, sequence.started, sequence.answered
+    return RequestTimes(sequence.request.request_id, *marks, now, sequence.preemptions)
 
 
 def _stops(sequence: Sequence, token: int, eos_ids: tuple[int, ...]) -> bool:

@@ -73,6 +73,11 @@ class Membership(ABC):
 
     # ---- the map
 
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Those it is linked to now."""
+        return tuple(self._peers)
+
     async def set_map(self, new_map: ExpertMap) -> None:
         """Attach to the map's shards, then flip. When this returns no later step uses an older map."""
         async with self._changing:

@@ -36,6 +36,7 @@ from common.messages import (
     subject_of_kind,
 )
 from common.model_config import ModelConfig
+from common.tracing import entered
 from services.scheduler.keeper import MapKeeper
 from services.scheduler.membership import Members
 from services.scheduler.metrics import SchedulerMetrics
@@ -120,7 +121,9 @@ class Scheduler(Actor):
         if not isinstance(message, Assign):
             raise InvalidRequest("expected an Assign message")
         try:
-            assigned = self._assign(message)
+            with entered(self.traces.begin("choose worker", message.traceparent)) as span:
+                assigned = self._assign(message)
+                span.set({"moecule.worker": assigned.worker_id, "moecule.workers": len(self.workers)})
         except MoeculeError as error:
             self.metered.refused(error.code)
             raise
