@@ -78,7 +78,7 @@ class Door:
         self._own = f"_INBOX.hostile-{secrets.token_hex(6)}"
         self._inboxes: dict[str, Inbox] = {}
         self._sent = 0
-        self._gateway = "gateway-1"
+        self._gateway = ""
         self.outcomes: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
 
@@ -88,6 +88,7 @@ class Door:
         for subject in LISTENED:
             await self._client.subscribe(subject, cb=self._take_forbidden)
         await self._client.flush()
+        await self._cancel_of_another()  # the gateway's name is told by that
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -100,7 +100,9 @@ class NatsListener:
 
     async def take(self, message: Msg) -> None:
         assert self._taker is not None
-        self._taker(RawMessage(message.subject, message.data, message.reply, message.headers or {}))
+        taken = RawMessage(message.subject, message.data, message.reply, message.headers or {})
+        message.data = b""  # nats-py holds the message until the next one comes, and it may be of 8 MB
+        self._taker(taken)
 
     async def drain(self) -> None:
         try:
