@@ -108,7 +108,6 @@ class Bus:
     async def __aenter__(self) -> Bus:
         self._client = OrderedClient()
         await self._client.connect(self._url)
-        self._ear = await self._client.subscribe("moecule.v1.>", cb=self._hear)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -117,9 +116,15 @@ class Bus:
     async def _hear(self, message: Any) -> None:
         self.heard.append((message.subject, message.data))
 
-    async def hear_no_more(self) -> None:
-        """Else we would hear what we say ourselves, and be somebody who listens where nobody does."""
-        await self._ear.unsubscribe()
+    async def hear(self, running: Cluster) -> None:
+        """For as long as nobody else asks: later we would hear ourselves, and be who listens where nobody does."""
+        ear = await self._client.subscribe("moecule.v1.>", cb=self._hear)
+        await self._client.flush()
+        await asyncio.to_thread(answer, running.url)
+        async with asyncio.timeout(30):
+            while len(self.heard) < 20:
+                await asyncio.sleep(0.1)
+        await ear.unsubscribe()
         await self._client.flush()
 
     async def send(self) -> None:
@@ -183,11 +188,7 @@ async def attack(running: Cluster, count: int, seed: int) -> bool:
             await door.one()
 
     async with Bus(url, draw) as bus, Door(url, documented(running.url), draw) as door:
-        answer(running.url)  # to be heard
-        async with asyncio.timeout(30):
-            while len(bus.heard) < 20:
-                await asyncio.sleep(0.1)
-        await bus.hear_no_more()
+        await bus.hear(running)
         for done in range(0, count, 3 * EACH):
             async with asyncio.TaskGroup() as group:
                 for _ in range(EACH):
