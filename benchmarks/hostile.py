@@ -177,7 +177,8 @@ def told_of(outcomes: Counter[str]) -> str:
 async def attack(running: Cluster, count: int, seed: int) -> bool:
     draw, statuses, url = Random(seed), Counter[str](), f"nats://127.0.0.1:{running.nats_port}"
     pids, before = {s: running.actor_pids(s) for s in SERVICES}, answer(running.url)
-    gates, early = (asyncio.Semaphore(16), asyncio.Semaphore(16)), {}
+    gates = asyncio.Semaphore(16), asyncio.Semaphore(16)
+    early: dict[str, int] = {}
 
     async def one() -> None:
         async with gates[0]:

@@ -135,9 +135,9 @@ class Door:
         """It has ended by then, or it is cancelled; both are answered."""
         victim = self._inbox()
         await self._send(GENERATE, victim.subject.encode(), LONG)
-        done, _ = await asyncio.wait({victim.accepted, victim.last}, timeout=ANSWER_SECONDS,
-                                     return_when=asyncio.FIRST_COMPLETED)  # fmt: skip
-        if victim.accepted in done:
+        first: set[asyncio.Future[Any]] = {victim.accepted, victim.last}
+        await asyncio.wait(first, timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if victim.accepted.done():
             cancel = victim.accepted.result()
             self._gateway = cancel.removeprefix(f"{CANCEL}.").partition(".")[0]
             for _ in range(2):
