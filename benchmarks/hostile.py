@@ -1,12 +1,18 @@
-"""Thousands of malformed and hostile inputs to a running cluster, over HTTP and on its NATS subjects.
+"""Thousands of malformed and hostile inputs to a running cluster: over HTTP, on its NATS subjects, at its NATS door.
 
 python -m benchmarks.hostile [--count 10000] [--seed 1]
 
-It starts a cluster of its own. HTTP: mutated bodies, deep and endless JSON, huge headers, bytes that are
-no UTF-8, wrong types, requests that are none. NATS: on every subject that actors listen on random bytes, messages of
-unknown kinds and versions, cut and mangled ones, and what was recorded from the cluster's own talk, again and out of
-order. Every HTTP input must be answered with a status below 500, or by closing the connection where it is no HTTP; no
-actor may restart; memory after all may be at most 5 % above what it was after the first tenth; and the cluster must
+It starts a cluster of its own; a third of the inputs each goes to
+
+- HTTP: mutated bodies, deep and endless JSON, huge headers, bytes that are no UTF-8, wrong types, requests that are
+  none. Each must be answered with a status below 500, or by closing the connection where it is no HTTP.
+- NATS, on every subject that actors listen on: random bytes, messages of unknown kinds and versions, cut and mangled
+  ones, and what was recorded from the cluster's own talk, again and out of order.
+- the NATS door: the same bodies and larger ones, garbage for headers, cancels of ids that are unknown or another's.
+  Each must get an end or an error that asyncapi.json documents, of a status below 500; and nothing where it names no
+  inbox, or one that must not be answered (a pattern, moecule's own subjects, the server's).
+
+No actor may restart; memory after all may be at most 5 % above what it was after the first tenth; and the cluster must
 answer as before. Exit status 1 otherwise.
 """
 
@@ -25,57 +31,26 @@ from random import Random
 from typing import Any
 
 import msgspec
-import nats
 
 from benchmarks.cluster import Cluster, cluster, memory_kb
+from benchmarks.hostile_bodies import ODD, body
+from benchmarks.hostile_door import Door, documented
+from common.nats_bus import OrderedClient
 
 SERVICES = ("gateway", "scheduler", "gpu_worker", "expert_shard")
 MEMORY_GOAL = 1.05
+EACH = 33  # inputs of a kind, before the next round
 ANSWER_SECONDS = 20.0
 PATHS = (
     "/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize", "/v1/models",
     "/reset_prefix_cache", "/nowhere",
 )  # fmt: skip
-VALID: tuple[dict[str, Any], ...] = (
-    {"model": "tiny", "prompt": "What is 2 + 2?", "max_tokens": 2, "temperature": 0},
-    {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "stop": ["a", "b"]},
-    {"model": "tiny", "input": "Hello", "max_output_tokens": 2},
-    {"model": "tiny", "prompt": [20, 21, 22], "max_tokens": 1, "logprobs": 2, "echo": True},
-)
 VERBS = (
     "beat", "admit", "abort", "resume", "pages", "allpages", "forget", "tokens", "load", "attach", "experts", "metrics",
-)  # fmt: skip
-ODD: tuple[Any, ...] = (
-    None, True, -1, 0, 1e308, -1e308, 2**63, 2**200, "", "\x00", "\ud7ff", "x" * 5000, [], {}, [[]], {"a": {}}, [None],
-    float("inf"), [1] * 3000, {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}},
 )  # fmt: skip
 
 
 # ---- HTTP
-
-
-def body(draw: Random) -> bytes:
-    value = json.loads(json.dumps(draw.choice(VALID)))
-    kind = draw.randrange(9)
-    if kind == 0:
-        return draw.randbytes(draw.randrange(400))
-    if kind == 1:
-        depth = draw.choice((100, 1000, 100_000))
-        return b"[" * depth + b"]" * draw.choice((0, depth))
-    if kind == 2:
-        return b'{"prompt":"' + draw.randbytes(30).replace(b'"', b"") + b'","model":"tiny"}'
-    if kind == 3:
-        return b'{"model":"tiny",' + b'"a":1,' * draw.choice((10, 10_000)) + b'"prompt":"x","max_tokens":1}'
-    for _ in range(draw.randrange(1, 4)):
-        where = draw.choice([*value, "n", "seed", "logit_bias", "response_format", "tools", "stream_options", "zzz"])
-        value[where] = draw.choice(ODD)
-    data = json.dumps(value).encode()
-    if kind == 4:
-        data = data[: draw.randrange(len(data))]
-    elif kind == 5:
-        at = draw.randrange(len(data))
-        data = data[:at] + draw.randbytes(2) + data[at + 1 :]
-    return data
 
 
 def request(draw: Random) -> bytes:
@@ -131,16 +106,26 @@ class Bus:
         self.subjects: set[str] = set()
 
     async def __aenter__(self) -> Bus:
-        self._client = await nats.connect(self._url)
-        await self._client.subscribe("moecule.v1.>", cb=self._hear)
+        self._client = OrderedClient()
+        await self._client.connect(self._url)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._client.close()
 
     async def _hear(self, message: Any) -> None:
-        if len(self.heard) < 2000 and not self.subjects:  # not what we say ourselves
-            self.heard.append((message.subject, message.data))
+        self.heard.append((message.subject, message.data))
+
+    async def hear(self, running: Cluster) -> None:
+        """For as long as nobody else asks: later we would hear ourselves, and be who listens where nobody does."""
+        ear = await self._client.subscribe("moecule.v1.>", cb=self._hear)
+        await self._client.flush()
+        await asyncio.to_thread(answer, running.url)
+        async with asyncio.timeout(30):
+            while len(self.heard) < 20:
+                await asyncio.sleep(0.1)
+        await ear.unsubscribe()
+        await self._client.flush()
 
     async def send(self) -> None:
         subject, data = self._draw.choice(self.heard)
@@ -185,42 +170,51 @@ def answer(url: str) -> str:
     return text
 
 
+def told_of(outcomes: Counter[str]) -> str:
+    return ", ".join(f"{outcome}: {count}" for outcome, count in sorted(outcomes.items()))
+
+
 async def attack(running: Cluster, count: int, seed: int) -> bool:
-    draw, statuses = Random(seed), Counter[str]()
+    draw, statuses, url = Random(seed), Counter[str](), f"nats://127.0.0.1:{running.nats_port}"
     pids, before = {s: running.actor_pids(s) for s in SERVICES}, answer(running.url)
-    gate, early = asyncio.Semaphore(16), {}
+    gates = asyncio.Semaphore(16), asyncio.Semaphore(16)
+    early: dict[str, int] = {}
 
     async def one() -> None:
-        async with gate:
+        async with gates[0]:
             statuses[await ask(running.port, request(draw))] += 1
 
-    async with Bus(f"nats://127.0.0.1:{running.nats_port}", draw) as bus:
-        answer(running.url)  # to be heard
-        async with asyncio.timeout(30):
-            while len(bus.heard) < 20:
-                await asyncio.sleep(0.1)
-        for done in range(0, count, 100):
+    async def one_at_the_door() -> None:
+        async with gates[1]:
+            await door.one()
+
+    async with Bus(url, draw) as bus, Door(url, documented(running.url), draw) as door:
+        await bus.hear(running)
+        for done in range(0, count, 3 * EACH):
             async with asyncio.TaskGroup() as group:
-                for _ in range(50):
+                for _ in range(EACH):
                     group.create_task(one())
-            for _ in range(50):
+                    group.create_task(one_at_the_door())
+            for _ in range(EACH):
                 await bus.send()
             await bus.flush()
-            if done + 100 >= count // 10 and not early:
+            if done + 3 * EACH >= count // 10 and not early:
                 await asyncio.sleep(1.0)
                 early = memory_of_all(running)
-            told = f"{done + 100} of {count}, gateway {memory_of_all(running)['gateway 0']} KB"
+            told = f"{done + 3 * EACH} of {count}, gateway {memory_of_all(running)['gateway 0']} KB"
             print(f"\r{told}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     await asyncio.sleep(6.0)  # requests of replayed admissions end
     after = memory_of_all(running)
     kinds = sorted({one.rsplit(".", 1)[1] for one in (*bus.subjects, *(subject for subject, _ in bus.heard))})
-    print(f"{count} inputs, half of them HTTP: {', '.join(f'{s}: {n}' for s, n in sorted(statuses.items()))}")
-    print(f"the other half on NATS, subjects of: {', '.join(kinds)}")
+    print(f"{done + 3 * EACH} inputs\n\n| a third each | what came of it |\n|---|---|")
+    print(f"| HTTP | {told_of(statuses)} |\n| NATS door | {told_of(door.outcomes)} |")
+    print(f"| NATS, between actors | sent to subjects of: {', '.join(kinds)} |")
     print("\n| actor | KB after a tenth | KB at the end | ratio (goal 1.05) |\n|---|--:|--:|--:|")
     for name, kb in early.items():
         print(f"| {name} | {kb} | {after.get(name, 0)} | {after.get(name, 0) / kb:.3f} |")
     bad = [s for s in statuses if s.startswith("5") or s == "no answer" or s == "no HTTP"]
+    bad += [f"door: {outcome}" for outcome in door.bad]
     same = {s: running.actor_pids(s) for s in SERVICES} == pids
     right = answer(running.url) == before
     grown = [name for name, kb in early.items() if after.get(name, 0) > MEMORY_GOAL * kb]

@@ -22,7 +22,7 @@ from common.log import actor_log, setup_logs
 from common.messages import GetMetrics, Message, State, new_boot_id, subject
 from common.settings import Settings, node_id
 from common.settings import actor_id as place_in_cluster
-from common.telemetry import new_registry, render
+from common.telemetry import count_tasks, new_registry, render
 from common.tracing import open_traces
 
 BEAT_SECONDS = 0.25
@@ -92,6 +92,7 @@ class Actor:
     async def run(self, stop: asyncio.Event) -> None:
         """The whole life. Raises what ended it early, a ConfigError of start() for one."""
         started = False
+        count_tasks(self.metrics, asyncio.get_running_loop())
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group

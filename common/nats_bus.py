@@ -85,12 +85,19 @@ class OrderedClient(Client):
             await self._process_op_err(error)
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes) -> None:
-        """Anyone may publish a subject, a reply subject or a header that is no text; nats-py would end its reading for
-        good then, and the connection with it."""
+        """Anyone may publish a subject or a reply subject that is no text; nats-py would end its reading for good then,
+        and the connection with it."""
         try:
             await super()._process_msg(sid, subject, reply, data, headers)
         except (ValueError, IndexError) as error:
             await self._error_cb(error)
+
+    async def _process_headers(self, headers: bytes) -> dict[str, str] | None:
+        """Those that are no text are as none: who sent them waits for an answer still."""
+        try:
+            return await super()._process_headers(headers)
+        except (ValueError, IndexError):
+            return None
 
     def drop_pending(self) -> None:
         """What was kept for a connection that is lost; `close` would write it to the dead socket, and raise."""
@@ -105,7 +112,9 @@ class NatsListener:
 
     async def take(self, message: Msg) -> None:
         assert self._taker is not None
-        self._taker(RawMessage(message.subject, message.data, message.reply, message.headers or {}))
+        taken = RawMessage(message.subject, message.data, message.reply, message.headers or {})
+        message.data = b""  # nats-py holds the message until the next one comes, and it may be of 8 MB
+        self._taker(taken)
 
     async def drain(self) -> None:
         try:

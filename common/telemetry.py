@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
@@ -16,6 +17,12 @@ def new_registry(kind: str, actor_id: str, boot_id: str) -> CollectorRegistry:
     info = Gauge("moecule_actor_info", "1, with which actor this is", ["kind", "id", "boot_id"], registry=registry)
     info.labels(kind, actor_id, boot_id).set(1)
     return registry
+
+
+def count_tasks(registry: CollectorRegistry, loop: asyncio.AbstractEventLoop) -> None:
+    """Read in the loop, where no other thread changes their number meanwhile."""
+    gauge = Gauge("moecule_asyncio_tasks", "Tasks of the actor's event loop", registry=registry)
+    gauge.set_function(lambda: len(asyncio.all_tasks(loop)))
 
 
 def render(registry: CollectorRegistry) -> Metrics:

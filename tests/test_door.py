@@ -495,6 +495,20 @@ async def test_hostile_messages_leave_the_gateway_as_it_is(front: Front, other: 
     assert front.gateway.state == "ready" and not front.life.life.done()
 
 
+@pytest.mark.parametrize("head", [b"NATS/1.0 \xff\xff\xff", b"NATS/1.0 100 \xff", b"NATS/1.0\r\nx: \xff"])
+async def test_a_request_whose_headers_are_no_text_is_answered(
+    front: Front, other: Service, nats_url: str, head: bytes
+) -> None:
+    front.says("no")
+    inbox = await other.ask({"model": "another"})
+    assert (await inbox.last())["type"] == "error"
+    inbox.answers.clear()
+    head, body = head + b"\r\n\r\n", json.dumps({"model": "tiny"} | TEXT).encode()
+    sizes = b"%d %d" % (len(head), len(head) + len(body))
+    await say(nats_url, b"HPUB %s %s %s\r\n%s%s\r\n" % (GENERATE.encode(), inbox.subject.encode(), sizes, head, body))
+    assert (await inbox.last())["type"] == "end"
+
+
 @settings(deadline=None)  # other work on the machine is no failure
 @given(st.one_of(st.binary(), st.recursive(JSON, st.lists).map(msgspec.json.encode), BODIES.map(msgspec.json.encode)))
 def test_whatever_comes_is_a_request_or_is_refused(data: bytes) -> None:
