@@ -39,6 +39,7 @@ from common.nats_bus import OrderedClient
 
 SERVICES = ("gateway", "scheduler", "gpu_worker", "expert_shard")
 MEMORY_GOAL = 1.05
+KV_PAGES = 64  # a page takes memory when it is first written: that of a large pool grows all the while, as it should
 EACH = 33  # inputs of a kind, before the next round
 ANSWER_SECONDS = 20.0
 PATHS = (
@@ -229,7 +230,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     began = time.monotonic()
-    with cluster(device="cpu", log_level="error") as running:
+    with cluster(device="cpu", log_level="error", kv_pages=KV_PAGES) as running:
         good = asyncio.run(attack(running, options.count, options.seed))
         if not good:
             print(running.output()[-3000:], file=sys.stderr)
