@@ -8,7 +8,7 @@ events or at once, stall and then leave, or leave in the middle of their body. W
 own, asyncio tasks, threads, file descriptors and sockets. Exit status 1 where there is more of one than before, an
 actor restarted, the cluster answers otherwise than before, or a user got something else than what it asked for.
 
-Memory is printed and not judged: the worker's grows until each page of its KV pool has been written once.
+Memory is printed and not judged: the worker's grows with every page of its KV pool that is written for the first time.
 """
 
 from __future__ import annotations

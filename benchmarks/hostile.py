@@ -12,8 +12,8 @@ It starts a cluster of its own; a third of the inputs each goes to
   Each must get an end or an error that asyncapi.json documents, of a status below 500; and nothing where it names no
   inbox, or one that must not be answered (a pattern, moecule's own subjects, the server's).
 
-No actor may restart; memory after all may be at most 5 % above what it was after the first tenth; and the cluster must
-answer as before. Exit status 1 otherwise.
+Before them goes the largest request that there is. No actor may restart; memory after all may be at most 5 % above what
+it was after the first tenth; and the cluster must answer as before. Exit status 1 otherwise.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from common.nats_bus import OrderedClient
 
 SERVICES = ("gateway", "scheduler", "gpu_worker", "expert_shard")
 MEMORY_GOAL = 1.05
-KV_PAGES = 64  # a page takes memory when it is first written: that of a large pool grows all the while, as it should
+CONTEXT = 4096  # tokens, of models/tiny
+KV_PAGES = CONTEXT // 64  # a page takes memory when it is first written: of these all are, by the largest request
 EACH = 33  # inputs of a kind, before the next round
 ANSWER_SECONDS = 20.0
 PATHS = (
@@ -171,6 +172,15 @@ def answer(url: str) -> str:
     return text
 
 
+def largest(url: str) -> None:
+    """All that a request may ask for: a prompt of the whole context, scored. What a step takes for that, and each page
+    of the KV pool once written, stays the worker's."""
+    asked = {"model": "tiny", "prompt": [20] * (CONTEXT - 1), "max_tokens": 1, "echo": True, "logprobs": 5}
+    data, headers = json.dumps(asked).encode(), {"content-type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", data, headers), timeout=60) as got:
+        assert json.load(got)["usage"]["total_tokens"] == CONTEXT
+
+
 def told_of(outcomes: Counter[str]) -> str:
     return ", ".join(f"{outcome}: {count}" for outcome, count in sorted(outcomes.items()))
 
@@ -178,6 +188,7 @@ def told_of(outcomes: Counter[str]) -> str:
 async def attack(running: Cluster, count: int, seed: int) -> bool:
     draw, statuses, url = Random(seed), Counter[str](), f"nats://127.0.0.1:{running.nats_port}"
     pids, before = {s: running.actor_pids(s) for s in SERVICES}, answer(running.url)
+    largest(running.url)
     gates = asyncio.Semaphore(16), asyncio.Semaphore(16)
     early: dict[str, int] = {}
 
