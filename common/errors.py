@@ -30,17 +30,22 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+LONGEST_MESSAGE = 2000  # characters
+LONGEST_PARAM = 200
+
 
 class MoeculeError(Exception):
+    """`message` may quote what a client sent, of any length: it is cut, else no answer could carry it."""
+
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
     retry_after: int | None = None  # seconds; None: a retry is useless
 
     def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 3]}..."
+        self.param = param and param[:LONGEST_PARAM]
+        super().__init__(self.message)
 
 
 class ConfigError(MoeculeError):

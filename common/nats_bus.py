@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import nats.errors
 import structlog
@@ -26,7 +25,7 @@ from common.bus import Conflict, Handler, RawMessage, Taker
 from common.errors import BodyTooLarge, BusTimeout, BusUnavailable, ConfigError, NoResponders
 from common.messages import Message
 from common.pump import HEADROOM, Pump, encode_within, read_reply
-from common.settings import Settings
+from common.settings import Settings, without_login
 
 CONNECT_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
@@ -59,6 +58,18 @@ class NoTls(nats.errors.Error):
 class OrderedClient(Client):
     """nats-py writes a PING ahead of the commands that are pending, so its `flush` returns before the server has seen
     a SUB (messages are missed) or an UNSUB (`drain` loses requests). Here a PING waits its turn."""
+
+    async def _process_connect_init(self) -> None:
+        """nats-py tries again after its own errors and those of sockets. Whatever else a peer makes it raise that is no
+        NATS server, or is cut off (uvloop's word is RuntimeError), would end its attempts for good."""
+        try:
+            await super()._process_connect_init()
+        except OSError:  # a certificate that is not known is a ValueError, too
+            raise
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
+            if self._transport is not None:
+                self._transport.close()
+            raise nats.errors.Error(f"no NATS server, or a broken connection: {error!r}") from error
 
     def _connect_command(self) -> bytes:
         """It holds the password. nats-py leaves TLS to the server's word, which anyone can speak who takes its port."""
@@ -241,13 +252,13 @@ class NatsBus:
                 )
         except TimeoutError:
             await self._abandon()
-            raise BusUnavailable(f"NATS does not answer at {self._shown_url()}: {self._last_error}") from None
+            raise BusUnavailable(f"NATS does not answer at {without_login(self._url)}: {self._last_error}") from None
         except ConfigError:
             await self._abandon()
             raise
         except (nats.errors.Error, ValueError) as error:
             self._begun = False
-            raise ConfigError(f"MOECULE_NATS_URL is {self._shown_url()!r}: {error}") from error
+            raise ConfigError(f"MOECULE_NATS_URL is {without_login(self._url)!r}: {error}") from error
         self._since = self._pulse_at = time.monotonic()
         self._pulse = asyncio.create_task(self._feel_pulse())
 
@@ -377,14 +388,7 @@ class NatsBus:
 
     def _need_connection(self) -> None:
         if not self.connected:
-            raise BusUnavailable(f"there is no connection to NATS at {self._shown_url()}")
-
-    def _shown_url(self) -> str:
-        """Without a user's name and password."""
-        if "@" not in self._url:
-            return self._url
-        parts = urlsplit(self._url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+            raise BusUnavailable(f"there is no connection to NATS at {without_login(self._url)}")
 
     async def _feel_pulse(self) -> None:
         """A server that stands still keeps its connections; that is told only by asking it."""
@@ -405,11 +409,11 @@ class NatsBus:
         self._since = None
         self._buckets.clear()
         if not self._leaving:
-            self.log.warning("NATS is gone: connecting again", url=self._shown_url())
+            self.log.warning("NATS is gone: connecting again", url=without_login(self._url))
 
     async def _on_reconnected(self) -> None:
         self._since = self._pulse_at = time.monotonic()
-        self.log.info("NATS is back", url=self._shown_url())
+        self.log.info("NATS is back", url=without_login(self._url))
         for callback in self._callbacks:
             task = asyncio.create_task(self._call_back(callback))
             self._tasks.add(task)
@@ -429,13 +433,14 @@ class NatsBus:
 
     def _give_up_on(self, error: Exception) -> None:
         """What no further attempt would change ends the start: raised here it ends nats-py's attempts."""
-        if "authorization" in self._last_error.lower():
-            who, setting = self._login.user or "a client without a user", "MOECULE_NATS_PASSWORDS"
-            raise ConfigError(f"NATS at {self._shown_url()} does not let {who} in ({self._last_error}): see {setting}")
+        url, why = without_login(self._url), self._last_error
+        if "authorization" in why.lower():
+            who = self._login.user or "a client without a user"
+            raise ConfigError(f"NATS at {url} does not let {who} in ({why}): see MOECULE_NATS_PASSWORDS")
         if isinstance(error, NoTls):
-            raise ConfigError(f"NATS at {self._shown_url()} has no TLS, which tls:// or MOECULE_NATS_CA demands")
+            raise ConfigError(f"NATS at {url} has no TLS, which tls:// or MOECULE_NATS_CA demands")
         if isinstance(error, ssl.SSLCertVerificationError):
-            raise ConfigError(f"NATS at {self._shown_url()} is not known: {self._last_error}; see MOECULE_NATS_CA")
+            raise ConfigError(f"NATS at {url} is not known: {why}; see MOECULE_NATS_CA")
 
     async def _on_error(self, error: Exception) -> None:
         self._last_error = str(error) or type(error).__name__

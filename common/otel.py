@@ -19,11 +19,12 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from common.errors import MoeculeError
-from common.settings import Settings
+from common.settings import Settings, without_login
 from common.tracing import NOT_RECORDED, Attributes, Span, Traces, entered
 
 SEND_EVERY_MS = 500
 SEND_SECONDS = 5.0  # for a batch, its repetitions included
+TRACEPARENT = 55  # characters, of W3C's version 00
 FLUSH_SECONDS = 0.3  # at the end; honcho waits little longer than actors drain
 
 _w3c = TraceContextTextMapPropagator()
@@ -46,7 +47,7 @@ class OtelTraces(Traces):
         return entered(self._start(name, traceparent))
 
     def begin(self, name: str, traceparent: str) -> Span:
-        return self._start(name, traceparent) if traceparent else NOT_RECORDED
+        return self._start(name, traceparent) if len(traceparent) == TRACEPARENT else NOT_RECORDED
 
     def _start(self, name: str, traceparent: str) -> Span:
         parent = _w3c.extract({"traceparent": traceparent})
@@ -78,7 +79,7 @@ class OtelSpan(Span):
         code, status = (error.code, error.status) if isinstance(error, MoeculeError) else (type(error).__name__, 500)
         self._span.set_attribute("error.type", code)
         if status >= 500:
-            self._span.set_status(trace.StatusCode.ERROR, str(error))
+            self._span.set_status(trace.StatusCode.ERROR, str(error) if isinstance(error, MoeculeError) else code)
 
     def child(self, name: str) -> contextlib.AbstractContextManager[Span]:
         return entered(OtelSpan(self._tracer, self._tracer.start_span(name, self._within)))
@@ -94,7 +95,7 @@ class _Exporter(SpanExporter):
     """OTLP's; that a collector is away is told once, and that it is back. The spans of that time are lost."""
 
     def __init__(self, url: str, log: Any) -> None:
-        self._url, self._log = url, log
+        self._shown, self._log = without_login(url), log
         self._otlp = OTLPSpanExporter(endpoint=url, timeout=SEND_SECONDS)
         self._away = self._closed = False
 
@@ -104,7 +105,7 @@ class _Exporter(SpanExporter):
         if away != self._away and not self._closed:
             self._away = away
             tell = self._log.warning if away else self._log.info
-            tell("traces are lost: nobody takes them" if away else "traces are taken again", url=self._url)
+            tell("traces are lost: nobody takes them" if away else "traces are taken again", url=self._shown)
         return result
 
     def shutdown(self) -> None:

@@ -182,6 +182,13 @@ def _value(kind: Any, text: str) -> Any:
         return None
 
 
+def without_login(url: str) -> str:
+    """For logs and documents: no user's name and password."""
+    scheme, there, rest = url.rpartition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{there}{host.rpartition('@')[2]}{slash}{path}"
+
+
 def node_id() -> str:
     """Which machine this is: two actors with the same one can share memory and Unix sockets."""
     try:

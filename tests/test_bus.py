@@ -553,6 +553,33 @@ async def test_it_waits_for_a_server_that_comes_up_late(nats_server: NatsServer)
     await bus.close()
 
 
+@pytest.mark.parametrize(
+    "says", [b"x" * 70_000, b'INFO {"version":"2"}\r\n', b"INFO []\r\n"], ids=["no line", "then gone", "no object"]
+)
+async def test_a_stranger_on_the_servers_port_does_not_end_the_attempts(nats_server: NatsServer, says: bytes):
+    bus = NatsBus(nats_server.url, "test")
+    await bus.connect()
+    visits = 0
+
+    async def stranger(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal visits
+        visits += 1
+        writer.write(says)
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
+        writer.transport.abort()
+
+    nats_server.kill()
+    async with await asyncio.start_server(stranger, "127.0.0.1", nats_server.port), asyncio.timeout(10):
+        while visits < 3:
+            await asyncio.sleep(0.05)
+    await asyncio.to_thread(nats_server.start)
+    async with asyncio.timeout(10):
+        while not bus.connected:
+            await asyncio.sleep(0.05)
+    await bus.close()
+
+
 async def test_a_server_that_stands_still_holds_up_no_publisher(nats_server: NatsServer):
     sender, receiver, inbox = NatsBus(nats_server.url, "a"), NatsBus(nats_server.url, "b"), Inbox()
     await sender.connect()

@@ -199,6 +199,12 @@ async def test_one_picture_serves_all_who_look(world: World) -> None:
     assert world.actor("w")
 
 
+async def test_a_shard_of_another_model_hides_nobody(world: World) -> None:
+    world.lives("shard", "s", held=(0, 1), expert_tokens=(5,), rows=3)
+    await world.passes(1)
+    assert world.actor("s").get("experts", []) == [] and world.actor("gateway-1")
+
+
 async def test_a_beat_of_no_known_kind_changes_nothing(world: World) -> None:
     world.view.take("moecule.v1.wizard.x.beat", GatewayBeat(id="x", boot_id="a", state="ready"))
     assert world.seen["actors"] == []

@@ -19,7 +19,7 @@ from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
 from common.actor import running
 from common.clock import FakeClock
-from common.errors import Draining, InvalidRequest, Overloaded
+from common.errors import LONGEST_MESSAGE, Draining, InvalidRequest, Overloaded
 from common.nats_bus import NatsBus
 from common.settings import Settings
 from services.gateway import door
@@ -426,7 +426,7 @@ async def test_nats_micro_finds_it(front: Front, other: Service) -> None:
     assert answer["type"] == "io.nats.micro.v1.stats_response"
     generate, models = answer["endpoints"]
     assert (generate["num_requests"], generate["num_errors"], models["num_requests"]) == (2, 1, 1)
-    assert generate["last_error"].startswith("invalid_request: ")
+    assert generate["last_error"] == "invalid_request"
     assert generate["average_processing_time"] == generate["processing_time"] // 2 > 0
     ServiceStats.from_dict(answer | {"endpoints": [one | {"data": None} for one in answer["endpoints"]]})
 
@@ -481,6 +481,17 @@ def hostile_lines() -> list[bytes]:
         lines.append(with_headers(status, b"moecule.v1.cancel.gateway-1.abc", b""))
     lines.append(with_headers(b"NATS/1.0\r\n: \r\n\xff:\xff\r\nno colon\r\n\r\n"))
     return lines
+
+
+async def test_a_refusal_that_quotes_a_long_request_is_sent(nats_url: str, other: Service) -> None:
+    body = json.dumps({"model": "\x7f" * 1_900_000} | TEXT, ensure_ascii=False)  # quoted, four times as long
+    settings = Settings(port=0, drain_seconds=0.3)
+    async for front in make_front(settings, new_bus=lambda: NatsBus(nats_url, "test")):
+        error = await (await other.ask(body.encode())).error()
+        assert error["code"] == "model_not_found" and len(error["message"]) == LONGEST_MESSAGE
+        stats = await other.request("$SRV.STATS.moecule")
+        assert stats["endpoints"][0]["last_error"] == "model_not_found", "and not what it quotes of the request"
+        assert front.gateway.state == "ready" and not front.life.life.done()
 
 
 async def test_hostile_messages_leave_the_gateway_as_it_is(front: Front, other: Service, nats_url: str) -> None:

@@ -35,12 +35,14 @@ def check(tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, q
     residual, parts, weight = inputs(tokens, hidden, dense, topk, dtype)
     out = Fp8Rows.empty(tokens, hidden, DEVICE) if quantised else torch.empty_like(residual)
     poison(out)
-    want, want_residual = torch.empty(tokens, hidden, device=DEVICE), residual.float().clone()
+    # Of a few values the rounding to fp8 alone may come to 3 %: the naive version rounds, too.
+    want = Fp8Rows.empty(tokens, hidden, DEVICE) if quantised else torch.empty(tokens, hidden, device=DEVICE)
+    want_residual = residual.float().clone()
     naive.combine_norm(want_residual, wide(parts), weight.float(), 1e-3, want)
     triton.combine_norm(residual, parts, weight, 1e-3, out)
     assert error_ratio(residual, want_residual) < TOLERANCE[dtype]
     if isinstance(out, Fp8Rows):
-        assert error_ratio(dequantise(out), want) < TOLERANCE[torch.float8_e4m3fn]
+        assert error_ratio(dequantise(out), dequantise(want)) < TOLERANCE[torch.float8_e4m3fn]
     else:
         assert error_ratio(out, want) < TOLERANCE[dtype]
 

@@ -251,7 +251,9 @@ class ClusterView:
         assert isinstance(first, ShardBeat)
         rate = _rates(known)
         before = first.expert_tokens or (0,) * len(beat.expert_tokens)
-        held = self._config.experts_of(beat.held) if beat.expert_tokens else []
+        # A shard that serves another model may be on the same NATS.
+        known_experts = len(beat.expert_tokens) == len(before) == self._config.experts
+        held = self._config.experts_of(beat.held) if known_experts else []
         rows, busy = beat.rows - first.rows, beat.busy_seconds - first.busy_seconds
         return {
             "partitions": len(beat.held),

@@ -264,12 +264,13 @@ class Door:
             error = RequestCancelled("the caller is gone" if caller.vanished else "the request was cancelled")
         elif error.status >= 500:
             self._log.warning("refused", subject=GENERATE, code=error.code, why=error.message)
-        self._generate.failed(f"{error.code}: {error.message}")
+        # Anyone may ask for these statistics, and what is wrong with a request may quote it.
+        self._generate.failed(f"{error.code}: {error.message}" if error.status >= 499 else error.code)
         if caller.vanished:
             return  # nobody is there to read it
         try:
             await caller.tell_of(error)
-        except BusUnavailable as lost:
+        except MoeculeError as lost:
             self._log.warning("an error was not sent", request=caller.request_id, why=lost.message)
 
     async def _follow(self, message: RawMessage, caller: Caller, permit: Permit) -> None:

@@ -179,8 +179,12 @@ class Keys:
             self._state = None
             raise
         if state != self._state:
-            self._state = state
-            self._read()
+            before, self._state = self._state, state
+            try:
+                self._read()
+            except OSError:  # it may be read next time
+                self._state = before
+                raise
             self._log.info("API keys were read again", keys=len(self._callers))
 
     def _read(self) -> None:
