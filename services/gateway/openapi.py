@@ -123,12 +123,6 @@ DEADLINE = {
     "description": "Milliseconds from the request's start after which it ends with `deadline_exceeded`.",
     "schema": {"type": "integer", "minimum": 1, "maximum": MOST_MILLISECONDS},
 }  # fmt: skip
-TRACEPARENT = {
-    "name": "traceparent", "in": "header", "required": False,
-    "description": "The caller's span, as W3C writes it, where the server makes traces.",
-    "schema": {"type": "string"},
-}  # fmt: skip
-HEADERS = (DEADLINE, TRACEPARENT)
 SSE_SAYS = (
     "With `stream`, server-sent events: each `data:` is one object of this schema{more}. An error after the first "
     "event comes as an event, and the connection closes. "
@@ -138,14 +132,14 @@ OPERATIONS = (
         "post", "/v1/chat/completions", "Generate", "Answer a conversation",
         "OpenAI's chat completions with the parameters of vLLM. Fields that are not listed are ignored.",
         body="ChatBody", answer="ChatCompletion", events="ChatCompletionChunk", errors=GENERATING,
-        parameters=HEADERS,
+        parameters=(DEADLINE,),
         answer_says=SSE_SAYS.format(more="; the last one is `[DONE]`"),
     ),
     Operation(
         "post", "/v1/completions", "Generate", "Continue a text",
         "OpenAI's older completions with the parameters of vLLM: what comes after a prompt, with no chat template, and "
         "the logprobs of a given text.",
-        body="CompletionBody", answer="Completion", events="Completion", errors=GENERATING, parameters=HEADERS,
+        body="CompletionBody", answer="Completion", events="Completion", errors=GENERATING, parameters=(DEADLINE,),
         answer_says=SSE_SAYS.format(more="; the last one is `[DONE]`"),
     ),
     Operation(
@@ -153,7 +147,7 @@ OPERATIONS = (
         "OpenAI's Responses API, text in and text out. Nothing is kept after an answer: tools and earlier answers by "
         "their id are refused.",
         body="ResponsesBody", answer="Response", events="ResponseEvent", done=False, errors=GENERATING,
-        parameters=HEADERS,
+        parameters=(DEADLINE,),
         answer_says=SSE_SAYS.format(more=", and `event:` is its type") + "It ends with the event `response.completed`, "
         "`response.incomplete` or `response.failed`.",
     ),
