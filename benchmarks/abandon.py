@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.cluster import ROOT, Cluster, cluster, memory_kb
-from benchmarks.hostile import SERVICES, answer
+from benchmarks.hostile import answer
 
 WARM_SECONDS = 15
 QUIET_SECONDS = 10.0
@@ -55,8 +55,8 @@ def held(running: Cluster) -> Held:
     for name, actor, value in re.findall(r'^(\w+)\{actor="([^"]+)"\} (\S+)$', text, re.MULTILINE):
         if name in METRICS:
             found[Of(actor, METRICS[name])] = int(float(value))
-    for service in SERVICES:
-        for number, pid in enumerate(running.actor_pids(service)):
+    for service, pids in running.all_actor_pids().items():
+        for number, pid in enumerate(pids):
             found |= {Of(f"{service}, process {number}", what): count for what, count in of_process(pid).items()}
     return found
 
@@ -113,17 +113,17 @@ def locust(running: Cluster, seconds: int, users: int, seed: int, *, quiet: bool
 def leaves_nothing(running: Cluster, warm: Callable[[], object], traffic: Callable[[], bool]) -> bool:
     """Prints what there was before the traffic, and after."""
     warm()
-    pids, said = {service: running.actor_pids(service) for service in SERVICES}, answer(running.url)
+    pids, said = running.all_actor_pids(), answer(running.url)
     before = held_when_idle(running)
     memory = {pid: memory_kb(pid) for some in pids.values() for pid in some}
     served = traffic()
     after, more = more_than(before, running)
-    same = {service: running.actor_pids(service) for service in SERVICES} == pids
+    same = running.all_actor_pids() == pids
     print("\n| actor | what | before | after |\n|---|---|--:|--:|")
     for of in sorted(before.keys() | after.keys()):
         print(f"| {of.actor} | {of.what} | {before.get(of, '-')} | {after.get(of, '-')} |")
-    for service in SERVICES if same else ():
-        for number, pid in enumerate(pids[service]):
+    for service, ours in pids.items() if same else ():
+        for number, pid in enumerate(ours):
             print(f"| {service}, process {number} | KB | {memory[pid]} | {memory_kb(pid)} |")
     gone, as_before = before.keys() - after.keys(), answer(running.url) == said
     print(f"\nleft behind: {', '.join(map(': '.join, more)) or 'nothing'}; "

@@ -20,6 +20,7 @@ from pathlib import Path
 from common.serve import procfile_here
 
 ROOT = Path(__file__).resolve().parent.parent
+SERVICES = ("gateway", "scheduler", "gpu_worker", "expert_shard")
 START_SECONDS = 300.0  # a GPU's kernels may have to be compiled
 
 
@@ -87,6 +88,9 @@ class Cluster:
         """The actors themselves, without their supervising parents."""
         pattern = re.compile(rf"-m services\.{service}\b")
         return [p for p in self.pids(f"services.{service}") if pattern.search(_command_line(p))]
+
+    def all_actor_pids(self) -> dict[str, list[int]]:
+        return {service: self.actor_pids(service) for service in SERVICES}
 
     def stop(self, number: int = signal.SIGINT, seconds: float = 15.0) -> int:
         """What Ctrl-C in a terminal does: signal the whole foreground process group. The exit code of honcho."""

@@ -37,7 +37,6 @@ from benchmarks.hostile_bodies import ODD, body
 from benchmarks.hostile_door import Door, documented
 from common.nats_bus import OrderedClient
 
-SERVICES = ("gateway", "scheduler", "gpu_worker", "expert_shard")
 MEMORY_GOAL = 1.05
 CONTEXT = 4096  # tokens, of models/tiny
 KV_PAGES = CONTEXT // 64  # a page takes memory when it is first written: of these all are, by the largest request
@@ -160,15 +159,22 @@ class Bus:
 
 def memory_of_all(running: Cluster) -> dict[str, int]:
     return {
-        f"{service} {n}": memory_kb(pid) for service in SERVICES for n, pid in enumerate(running.actor_pids(service))
+        f"{service} {n}": memory_kb(pid)
+        for service, pids in running.all_actor_pids().items()
+        for n, pid in enumerate(pids)
     }
+
+
+def post(url: str, asked: dict[str, Any]) -> dict[str, Any]:
+    data, headers = json.dumps(asked).encode(), {"content-type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as got:
+        answered: dict[str, Any] = json.load(got)
+    return answered
 
 
 def answer(url: str) -> str:
     asked = {"model": "tiny", "messages": [{"role": "user", "content": "What is 47 + 85?"}], "temperature": 0}
-    data, headers = json.dumps(asked).encode(), {"content-type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", data, headers), timeout=60) as got:
-        text: str = json.load(got)["choices"][0]["message"]["content"]
+    text: str = post(f"{url}/v1/chat/completions", asked)["choices"][0]["message"]["content"]
     return text
 
 
@@ -176,9 +182,7 @@ def largest(url: str) -> None:
     """All that a request may ask for: a prompt of the whole context, scored. What a step takes for that, and each page
     of the KV pool once written, stays the worker's."""
     asked = {"model": "tiny", "prompt": [20] * (CONTEXT - 1), "max_tokens": 1, "echo": True, "logprobs": 5}
-    data, headers = json.dumps(asked).encode(), {"content-type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", data, headers), timeout=60) as got:
-        assert json.load(got)["usage"]["total_tokens"] == CONTEXT
+    assert post(f"{url}/v1/completions", asked)["usage"]["total_tokens"] == CONTEXT
 
 
 def told_of(outcomes: Counter[str]) -> str:
@@ -187,7 +191,7 @@ def told_of(outcomes: Counter[str]) -> str:
 
 async def attack(running: Cluster, count: int, seed: int) -> bool:
     draw, statuses, url = Random(seed), Counter[str](), f"nats://127.0.0.1:{running.nats_port}"
-    pids, before = {s: running.actor_pids(s) for s in SERVICES}, answer(running.url)
+    pids, before = running.all_actor_pids(), answer(running.url)
     largest(running.url)
     gates = asyncio.Semaphore(16), asyncio.Semaphore(16)
     early: dict[str, int] = {}
@@ -227,7 +231,7 @@ async def attack(running: Cluster, count: int, seed: int) -> bool:
         print(f"| {name} | {kb} | {after.get(name, 0)} | {after.get(name, 0) / kb:.3f} |")
     bad = [s for s in statuses if s.startswith("5") or s == "no answer" or s == "no HTTP"]
     bad += [f"door: {outcome}" for outcome in door.bad]
-    same = {s: running.actor_pids(s) for s in SERVICES} == pids
+    same = running.all_actor_pids() == pids
     right = answer(running.url) == before
     grown = [name for name, kb in early.items() if after.get(name, 0) > MEMORY_GOAL * kb]
     print(f"\nbad answers: {bad or 'none'}; actors {'the same' if same else 'RESTARTED'}; "

@@ -18,6 +18,7 @@ from common.errors import (
     NotFound,
     RequestCancelled,
 )
+from common.settings import without_login
 from services.gateway.door_messages import (
     ANSWERS,
     CANCEL,
@@ -117,10 +118,8 @@ def asyncapi_document(broker: Broker) -> dict[str, Any]:
 
 
 def _server(broker: Broker) -> dict[str, Any]:
-    """Without a user's name and password."""
-    parts = urlsplit(broker.nats_url)
-    host = parts.netloc.rpartition("@")[2]
-    server: dict[str, Any] = {"host": host or broker.nats_url, "protocol": "nats"}
+    url = without_login(broker.nats_url)
+    server: dict[str, Any] = {"host": urlsplit(url).netloc or url, "protocol": "nats"}
     if broker.tls:
         server["description"] = "It speaks TLS: connect to `tls://`, with the certificate of its authority."
     if broker.users:

@@ -179,20 +179,15 @@ class Keys:
             self._state = None
             raise
         if state != self._state:
-            before, self._state = self._state, state
-            try:
-                self._read()
-            except OSError:  # it may be read next time
-                self._state = before
-                raise
+            self._read()
             self._log.info("API keys were read again", keys=len(self._callers))
 
     def _read(self) -> None:
         """What is in flight under a name goes on counting; a key that is gone is refused from now on."""
         with open(self._path, "rb") as file:
             found = os.fstat(file.fileno())
-            self._state = _State.of(found)
             data = file.read(MOST_BYTES + 1)
+        self._state = _State.of(found)  # what cannot be opened or read now is tried again
         if len(data) > MOST_BYTES:
             raise Malformed(f"it is larger than {MOST_BYTES} bytes")
         keys = parse(data.decode())
