@@ -59,6 +59,12 @@ class Front:
         default = {"model": "tiny", "messages": QUESTION} if "chat" in path else {"model": "tiny"}
         return await self.http.post(path, json=default | fields)
 
+    async def until_ready(self) -> None:
+        """The gateway has listened for long enough; what is asked of the model needs no waiting."""
+        async with asyncio.timeout(5):
+            while self.gateway.peers.why_not_ready():
+                await asyncio.sleep(0.01)
+
     async def events(self, path: str, **fields) -> list[dict]:
         """What a stream tells before its [DONE]."""
         answer = await self.post(path, stream=True, **fields)
@@ -107,7 +113,7 @@ async def make_front(
             openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
         ):
             async with asyncio.timeout(5):
-                while gateway.peers.why_not_ready() or ("worker", "worker-1") not in gateway.peers.live():
+                while {kind for kind, _ in gateway.peers.live()} < {"worker", "scheduler"}:
                     await asyncio.sleep(0.001)  # its first heartbeats are on their way
             one = Front(gateway, life, worker, scheduler, http, client)
             one.says("4+5=9</think>\n\nIt is 132.")

@@ -84,6 +84,8 @@ async def test_the_sdk_with_a_key_and_with_another(front: Front) -> None:
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.id)
 async def test_where_a_key_is_asked_for(front: Front, operation) -> None:
     path = operation.path.replace("{model}", "tiny")
+    if path == "/ready":
+        await front.until_ready()
     for headers, known in (({}, False), (auth("mk-nobody-0123456789"), False), (auth(ALICE), True)):
         answer = await front.http.request(operation.method, path, headers=headers)
         if not known and operation.path not in OPEN_PATHS:

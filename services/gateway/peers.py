@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from common.actor import SILENT_SECONDS
+from common.actor import BEAT_SECONDS, SILENT_SECONDS
 from common.bus import Bus
 from common.clock import Clock
 from common.messages import Message, SchedulerBeat, ShardBeat, WorkerBeat
 from common.pages import PAGE
 
 SCHEDULER_SILENT_SECONDS = 2.0
+LISTEN_SECONDS = 2 * BEAT_SECONDS  # everyone alive has been heard by then
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ class Peers:
         self._bus = bus
         self._clock = clock
         self._seen: dict[tuple[str, str], Seen] = {}
+        self._began: float | None = None  # when the first heartbeat came
 
     def take(self, subject: str, message: Message) -> None:
         """`subject`: moecule.v1.<kind>.<id>.beat"""
         if isinstance(message, WorkerBeat | ShardBeat | SchedulerBeat):
-            self._seen[subject.split(".")[2], message.id] = Seen(message, self._clock.now())
+            now = self._clock.now()
+            self._seen[subject.split(".")[2], message.id] = Seen(message, now)
+            self._began = now if self._began is None else self._began
 
     def most_cached_tokens(self) -> int:
         """Tokens of the largest KV cache among the workers that can serve; 0: none is known."""
@@ -56,4 +60,7 @@ class Peers:
         reasons = [beat.reason for beat, at in schedulers if beat.state == "ready" and at >= horizon]
         if not reasons:
             return "the scheduler does not answer"
+        # Before that /metrics, the page and whoever forgets pages would leave out workers that serve.
+        if self._began is None or self._clock.now() < self._began + LISTEN_SECONDS:
+            return "the gateway has just started and does not know yet who is there"
         return min(reasons, key=len)  # one scheduler that can serve is enough
