@@ -17,6 +17,7 @@ import argparse
 import importlib.util
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ from benchmarks.hostile import answer
 
 WARM_SECONDS = 15
 QUIET_SECONDS = 10.0
-LOOKS = 8  # at an idle cluster: a heartbeat or a scrape has a task or a socket of its own for a moment
+LOOKS = 8  # at an idle cluster: a heartbeat or a scrape has a task or a socket more, or less, for a moment
 METRICS = {
     "moecule_gateway_requests_running": "requests",
     "moecule_num_requests_running": "requests in the batch",
@@ -80,15 +81,17 @@ def least(first: Held, second: Held) -> Held:
 
 
 def held_when_idle(running: Cluster) -> Held:
-    found = held(running)
+    """What there mostly is: the least would be of a moment that need not come again."""
+    looks: dict[Of, list[int]] = {}
     for _ in range(LOOKS):
         time.sleep(0.25)
-        found = least(found, held(running))
-    return found
+        for of, count in held(running).items():
+            looks.setdefault(of, []).append(count)
+    return {of: statistics.median_low(counts) for of, counts in looks.items()}
 
 
 def more_than(before: Held, running: Cluster) -> tuple[Held, Held]:
-    """What there is once it is quiet, and what of it is more than before."""
+    """The least there is until it is quiet, and what of it is more than before."""
     deadline, found = time.monotonic() + QUIET_SECONDS, held(running)
     while True:
         more = {of: count for of, count in found.items() if count > before.get(of, 0)}

@@ -429,6 +429,21 @@ async def test_a_shard_forgets_the_watches_of_workers_that_died(traces: Traces, 
     assert span.attributes == {"moecule.rows": 7, "moecule.partitions": 1}, "a GPU's seconds are not known"
 
 
+async def test_a_shard_that_leaves_ends_what_it_watches(traces: Traces, collector: Collector):
+    """Worker and shard are stopped together: the worker's last word may come when nobody listens any more."""
+    rows, trace = 0, new_trace()
+    watches = Watches(traces, lambda: ShardCounts(1, 1, rows, 0.0, (), 0, 0))
+    for i in (1, 2):
+        watches.take(Watch(traceparent=f"00-{trace}-{i:016x}-01"))
+    rows = 3
+    watches.close()
+    watches.take(Watch(traceparent=f"00-{trace}-{1:016x}-01", ends=True))
+    await traces.close()
+    spans = collector.of(trace)
+    assert sorted(span.parent for span in spans) == [f"{1:016x}", f"{2:016x}"]
+    assert [span.attributes["moecule.rows"] for span in spans] == [3, 3]
+
+
 MAKE_ALL = """
 import sys
 from common.memory_bus import MemoryBroker, MemoryBus

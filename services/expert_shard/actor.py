@@ -114,6 +114,7 @@ class ExpertShard(Actor):
     async def stop(self) -> None:
         for subscription in self._subscriptions:
             await subscription.drain()
+        self._watches.close()
         self._loop.remove_reader(self._listener)
         self._listener.close()
         for sock in list(self._sockets):

@@ -33,6 +33,12 @@ class Watches:
             if len(self._begun) > MOST:
                 del self._begun[next(iter(self._begun))]
 
+    def close(self) -> None:
+        """This shard leaves: the word that ends a watch may come too late."""
+        begun, self._begun = self._begun, {}
+        for one in begun.values():
+            self._end(*one)
+
     def _end(self, span: Span, before: ShardCounts) -> None:
         now = self._counts()
         span.set({"moecule.rows": now.rows - before.rows, "moecule.partitions": now.partitions})
