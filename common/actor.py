@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from common.bus import Bus
@@ -266,13 +267,14 @@ def leave(code: int, sentence: str = "") -> NoReturn:
 
 
 async def _live(kind: str, make: Callable[[Bus, Settings], Actor], settings: Settings) -> None:
-    from common.nats_bus import Login, NatsBus
+    from common.nats_bus import NatsBus
+    from common.nats_login import Login
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _on_signal, stop, number)
     name = os.environ.get("HONCHO_PROCESS_NAME", f"moecule-{os.getpid()}")
-    bus = NatsBus(settings.nats_url, name, Login.of(settings, kind))
+    bus = NatsBus(settings.nats_url, name, partial(Login.of, settings, kind))
     try:
         if await unless(stop, bus.connect()):
             actor = make(bus, settings)

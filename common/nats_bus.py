@@ -7,13 +7,11 @@ import contextlib
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import nats.errors
 import structlog
-from nats.aio.client import PING_PROTO, Client
+from nats.aio.client import AUTHORIZATION_VIOLATION, PING_PROTO, Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription as ClientSubscription
 from nats.js import JetStreamContext
@@ -24,8 +22,9 @@ from nats.js.kv import KeyValue
 from common.bus import Conflict, Handler, RawMessage, Taker
 from common.errors import BodyTooLarge, BusTimeout, BusUnavailable, ConfigError, NoResponders
 from common.messages import Message
+from common.nats_login import Login
 from common.pump import HEADROOM, Pump, encode_within, read_reply
-from common.settings import Settings, without_login
+from common.settings import without_login
 
 CONNECT_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
@@ -35,6 +34,8 @@ JETSTREAM_SECONDS = 2.0
 PULSE_SECONDS = 0.5  # between two questions whether the server still answers
 STALLED_SECONDS = 1.5  # without its answer: then nobody's silence proves anything
 WRITE_BUFFER_BYTES = 64 << 10
+REPEAT_SECONDS = 30.0  # between two lines that say the same of attempts to reconnect
+MOST_REASONS = 8  # told in that time: a server may find new words each time
 
 
 T = TypeVar("T")
@@ -59,23 +60,38 @@ class OrderedClient(Client):
     """nats-py writes a PING ahead of the commands that are pending, so its `flush` returns before the server has seen
     a SUB (messages are missed) or an UNSUB (`drain` loses requests). Here a PING waits its turn."""
 
+    def __init__(self, renew: Callable[[], Mapping[str, Any]] = dict) -> None:
+        """`renew` is asked at each attempt for those of nats-py's options that have changed."""
+        super().__init__()
+        self._renew = renew
+
     async def _process_connect_init(self) -> None:
         """nats-py tries again after its own errors and those of sockets. Whatever else a peer makes it raise that is no
         NATS server, or is cut off (uvloop's word is RuntimeError), would end its attempts for good."""
+        self.options |= self._renew()
         try:
             await super()._process_connect_init()
         except OSError:  # a certificate that is not known is a ValueError, too
             raise
         except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError) as error:
-            if self._transport is not None:
-                self._transport.close()
             raise nats.errors.Error(f"no NATS server, or a broken connection: {error!r}") from error
+        finally:
+            if not self.is_connected and self._transport is not None:
+                self._transport.close()  # nats-py leaves the socket of an attempt that failed to its peer
 
     def _connect_command(self) -> bytes:
         """It holds the password. nats-py leaves TLS to the server's word, which anyone can speak who takes its port."""
         if "tls" in self.options and not self._server_info.get("tls_required"):
             raise NoTls
         return super()._connect_command()
+
+    async def _process_err(self, err_msg: str) -> None:
+        """A server whose passwords have changed says so to those who came with the old ones. nats-py would close for
+        good; the new one may be in its file by now, or soon."""
+        if AUTHORIZATION_VIOLATION in err_msg:
+            await self._process_op_err(nats.errors.AuthorizationError())
+        else:
+            await super()._process_err(err_msg)
 
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
         self._pongs.append(future or asyncio.get_running_loop().create_future())
@@ -153,51 +169,37 @@ class NatsSubscription(NatsListener):
         self._pump.cancel()
 
 
-@dataclass(frozen=True)
-class Login:
-    """How a server knows this client, and this client the server. Who has a `user` gets replies below that name, so
-    that others can be kept from reading them."""
+class Reminder:
+    """Whether to tell what goes wrong at every attempt: at once, and then every REPEAT_SECONDS."""
 
-    user: str = ""
-    password: str = ""
-    ca: str = ""  # PEM file; empty: whom the system trusts
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._told: dict[str, float] = {}  # reason: when
 
-    @classmethod
-    def of(cls, settings: Settings, kind: str) -> Login:
-        """Raises ConfigError."""
-        if not settings.nats_passwords:
-            return cls(ca=settings.nats_ca)
-        path = Path(settings.nats_passwords) / kind
-        try:
-            password = path.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", "") or "it is not text"
-            raise ConfigError(f"{path} (MOECULE_NATS_PASSWORDS) cannot be read: {why}") from None
-        if not password:
-            raise ConfigError(f"{path} (MOECULE_NATS_PASSWORDS) is empty: it holds the password of NATS's user {kind}")
-        return cls(kind, password, settings.nats_ca)
+    def is_due(self, reason: str) -> bool:
+        now = self._now()
+        self._told = {told: at for told, at in self._told.items() if now - at < REPEAT_SECONDS}
+        if reason in self._told or len(self._told) == MOST_REASONS:
+            return False
+        self._told[reason] = now
+        return True
 
-    def options(self, url: str) -> dict[str, Any]:
-        """Of nats-py's connect. Raises ConfigError."""
-        found: dict[str, Any] = {}
-        if self.user:
-            found |= {"user": self.user, "password": self.password, "inbox_prefix": f"_INBOX.{self.user}"}
-        if self.ca or url.startswith("tls:"):
-            try:
-                found["tls"] = ssl.create_default_context(cafile=self.ca or None)
-            except OSError as error:
-                raise ConfigError(
-                    f"{self.ca} (MOECULE_NATS_CA) holds no certificate that can be read: {error}"
-                ) from None
-        return found
+    def forget(self) -> None:
+        self._told.clear()
 
 
 class NatsBus:
-    def __init__(self, url: str, name: str, login: Login | None = None) -> None:
+    def __init__(
+        self, url: str, name: str, read_login: Callable[[], Login] = Login, reminder: Reminder | None = None
+    ) -> None:
+        """`read_login` is called at each attempt to connect, and may raise ConfigError."""
         self._url = url
         self._name = name
-        self._login = login or Login()
-        self._client = OrderedClient()
+        self._read_login = read_login
+        self._login = Login()  # as it was read last
+        self._unread = ""  # why it could not be read since
+        self._reminder = reminder or Reminder()
+        self._client = OrderedClient(self._renewed_options)
         self._since: float | None = None  # the connection stands, and the server answers
         self._pulse_at = 0.0  # when the server answered last
         self._pulse: asyncio.Task[None] | None = None
@@ -232,6 +234,7 @@ class NatsBus:
         self._callbacks.append(callback)
 
     async def connect(self) -> None:
+        self._login = self._read_login()
         options = self._login.options(self._url)
         self._begun = True
         try:
@@ -413,6 +416,7 @@ class NatsBus:
 
     async def _on_reconnected(self) -> None:
         self._since = self._pulse_at = time.monotonic()
+        self._reminder.forget()
         self.log.info("NATS is back", url=without_login(self._url))
         for callback in self._callbacks:
             task = asyncio.create_task(self._call_back(callback))
@@ -431,26 +435,44 @@ class NatsBus:
         if not self._leaving:
             self.log.error("NATS closed the connection for good", why=str(self._client.last_error))
 
-    def _give_up_on(self, error: Exception) -> None:
-        """What no further attempt would change ends the start: raised here it ends nats-py's attempts."""
+    def _renewed_options(self) -> dict[str, Any]:
+        """Of nats-py, where the login has changed. While it cannot be read, it stays as it is."""
+        try:
+            login = self._read_login()
+            options = login.options(self._url) if login != self._login else {}
+        except ConfigError as error:
+            if error.message != self._unread:
+                self.log.warning(f"{error.message}; mend it: until then NATS gets what was read before")
+            self._unread = error.message
+            return {}
+        self._login, self._unread = login, ""
+        return options
+
+    def _refusal(self, error: Exception) -> str:
+        """Why no attempt will succeed until somebody acts, and how; empty if `error` says nothing of the kind."""
         url, why = without_login(self._url), self._last_error
         if "authorization" in why.lower():
             who = self._login.user or "a client without a user"
-            raise ConfigError(f"NATS at {url} does not let {who} in ({why}): see MOECULE_NATS_PASSWORDS")
+            return f"NATS at {url} does not let {who} in ({why}): see MOECULE_NATS_PASSWORDS"
         if isinstance(error, NoTls):
-            raise ConfigError(f"NATS at {url} has no TLS, which tls:// or MOECULE_NATS_CA demands")
+            return f"NATS at {url} has no TLS, which tls:// or MOECULE_NATS_CA demands"
         if isinstance(error, ssl.SSLCertVerificationError):
-            raise ConfigError(f"NATS at {url} is not known: {why}; see MOECULE_NATS_CA")
+            return f"NATS at {url} is not known: {why}; see MOECULE_NATS_CA"
+        return ""
 
     async def _on_error(self, error: Exception) -> None:
         self._last_error = str(error) or type(error).__name__
-        if self._pulse is None:
-            self._give_up_on(error)
+        refusal = "" if self.connected else self._refusal(error)
+        if refusal and self._pulse is None:
+            raise ConfigError(refusal)  # ends the start, and nats-py's attempts
         if isinstance(error, nats.errors.SlowConsumerError):
             self.slow_consumer_drops += 1
             self.log.error("messages dropped: a handler is too slow", subject=error.subject)
+        elif refusal:
+            if self._reminder.is_due(refusal):
+                self.log.error(f"{refusal}; trying on")
         elif isinstance(error, OSError | nats.errors.StaleConnectionError | nats.errors.TimeoutError):
             # One line tells of the loss and one of the return; the attempts between them are noise.
             self.log.debug("NATS connection", why=self._last_error)
-        else:
+        elif self.connected or self._reminder.is_due(self._last_error):
             self.log.error("NATS reported an error", why=self._last_error)

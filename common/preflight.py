@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from common.errors import ConfigError
-from common.settings import Settings, unknown_settings
+from common.settings import NATS_URL_WORDS, Settings, unknown_settings, without_login
 from common.tracing import check_traces
 
 
@@ -50,7 +50,7 @@ def nats_address(settings: Settings) -> tuple[str, int]:
     except ValueError:
         host, port = None, 0
     if not host:
-        raise ConfigError(f"MOECULE_NATS_URL is {settings.nats_url!r}: use nats://HOST:PORT")
+        raise ConfigError(f"MOECULE_NATS_URL is {without_login(settings.nats_url)!r}: use {NATS_URL_WORDS}")
     return host, port
 
 

@@ -23,6 +23,8 @@ _ORIGIN = r"(\*|[a-z][a-z0-9+.-]*://[^\s/,]+)"
 ORIGINS_PATTERN = rf"^{_ORIGIN}(\s*,\s*{_ORIGIN})*$"
 URL_PATTERN = r"^https?://[^\s/]\S*$"
 URL_WORDS = "a URL like http://127.0.0.1:4318"
+NATS_URL_PATTERN = r"^((nats|tls)://)?([^\s/?#]*@)?([^\s/?#@:\[\],]+|\[[0-9A-Za-z:.%]+\])(:\d{1,5})?(/\S*)?$"
+NATS_URL_WORDS = "nats://HOST:PORT, or tls://HOST:PORT for a server with TLS"
 ORIGINS_WORDS = "* or origins like https://chat.example.com, with commas between"
 SWITCH = dict.fromkeys(("1", "true", "yes", "on"), True) | dict.fromkeys(("0", "false", "no", "off"), False)
 
@@ -54,7 +56,10 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; auto: on a GPU if there is one")
     host: str = setting("127.0.0.1", "address the gateway listens on")
     port: int = setting(8000, "port the gateway listens on", low=1, high=65535)
-    nats_url: str = setting("nats://127.0.0.1:4222", "the NATS server; tls://HOST:PORT for one with TLS")
+    nats_url: str = setting(
+        "nats://127.0.0.1:4222", "the NATS server; tls://HOST:PORT for one with TLS", pattern=NATS_URL_PATTERN,
+        says=NATS_URL_WORDS,
+    )  # fmt: skip
     nats_passwords: str = setting(
         "", "folder with a file named after each kind of actor: the password of the NATS user of that name"
     )
@@ -124,6 +129,7 @@ class Settings:
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 KINDS: dict[str, Any] = get_type_hints(Settings)
+URLS = ("nats_url", "traces")  # they may hold a password
 
 
 def variable(name: str) -> str:
@@ -146,7 +152,8 @@ def parse(name: str, text: str, called: str) -> Any:
     meta = FIELDS[name].metadata
     value = _value(KINDS[name], text)
     if value is None or (meta["pattern"] and not re.fullmatch(meta["pattern"], text)):
-        raise ConfigError(f"{called} is {text!r}: use {form(name)}")
+        shown = _without_any_login(text) if name in URLS else text
+        raise ConfigError(f"{called} is {shown!r}: use {form(name)}")
     low, high = meta["low"], meta["high"]
     if not ((low is None or value >= low) and (high is None or value <= high)):
         raise ConfigError(f"{called} is {text}: use {bounds(name)}")
@@ -187,6 +194,12 @@ def without_login(url: str) -> str:
     scheme, there, rest = url.rpartition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}{there}{host.rpartition('@')[2]}{slash}{path}"
+
+
+def _without_any_login(text: str) -> str:
+    """Of what should be a URL: in one that is malformed, a password may be whatever stands before the last @."""
+    scheme, there, rest = text.partition("://") if "://" in text else ("", "", text)
+    return f"{scheme}{there}{rest.rpartition('@')[2]}"
 
 
 def node_id() -> str:

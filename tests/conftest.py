@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -69,6 +70,19 @@ class NatsServer:
     def signal(self, number: int) -> None:
         assert self._process is not None
         self._process.send_signal(number)
+
+    def reload(self) -> None:
+        """Its configuration, which is in force on return."""
+        self.signal(signal.SIGHUP)
+        assert self._process is not None and self._process.stderr is not None
+        said = []
+        for line in self._process.stderr:
+            said.append(line)
+            if "Reloaded server configuration" in line:
+                return
+            if "Failed to reload" in line:
+                break
+        raise RuntimeError("nats-server did not reload:\n" + "".join(said))
 
     def kill(self) -> None:
         if self._process is not None:

@@ -18,7 +18,8 @@ import trustme
 
 from benchmarks.cluster import Cluster, cluster
 from common.errors import ConfigError
-from common.nats_bus import CONNECT_SECONDS, Login, NatsBus, OrderedClient
+from common.nats_bus import CONNECT_SECONDS, NatsBus, OrderedClient
+from common.nats_login import Login
 from common.preflight import check_nats_users
 from common.settings import Settings
 from tests.conftest import NatsServer
@@ -27,22 +28,35 @@ CONF = Path(__file__).parent.parent / "docs" / "nats-users.conf"
 KINDS = ("gateway", "scheduler", "worker", "shard", "service")
 
 
-@pytest.fixture(scope="module")
-def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the README's commands make."""
-    folder = tmp_path_factory.mktemp("secrets")
+def write_certificate(folder: Path) -> None:
+    """Of the server, by a new authority."""
     authority = trustme.CA()
     server = authority.issue_cert("127.0.0.1", "localhost")
     authority.cert_pem.write_to_path(str(folder / "ca.pem"))
     server.private_key_pem.write_to_path(str(folder / "key.pem"))
     (folder / "cert.pem").write_bytes(b"".join(blob.bytes() for blob in server.cert_chain_pems))
-    passwords = {f"{kind}_password": f"password of the {kind}" for kind in KINDS}
-    for name, password in passwords.items():
-        (folder / name.removesuffix("_password")).write_text(f"{password}\n")
-    own = {"host": "127.0.0.1", "tls_cert": str(folder / "cert.pem"), "tls_key": str(folder / "key.pem")}
-    (folder / "secrets.conf").write_text("".join(f'{name}: "{value}"\n' for name, value in (own | passwords).items()))
+
+
+def write_passwords(folder: Path, **passwords: str) -> None:
+    """In the server's configuration. Those of the actors are the files named after them."""
+    told = {"host": "127.0.0.1", "tls_cert": str(folder / "cert.pem"), "tls_key": str(folder / "key.pem")}
+    told |= {f"{kind}_password": passwords.get(kind, f"password of the {kind}") for kind in KINDS}
+    (folder / "secrets.conf").write_text("".join(f'{name}: "{value}"\n' for name, value in told.items()))
+
+
+def write_secrets(folder: Path) -> Path:
+    """What the README's commands make."""
+    write_certificate(folder)
+    write_passwords(folder)
+    for kind in KINDS:
+        (folder / kind).write_text(f"password of the {kind}\n")
     shutil.copy(CONF, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_secrets(tmp_path_factory.mktemp("secrets"))
 
 
 @pytest.fixture
@@ -118,8 +132,7 @@ async def test_nobody_hears_another_users_answers(secrets: Path, url: str) -> No
 
 
 async def test_a_wrong_password_ends_the_start_with_a_sentence(secrets: Path, url: str) -> None:
-    login = Login("gateway", "guessed", str(secrets / "ca.pem"))
-    bus = NatsBus(url, "test", login)
+    bus = NatsBus(url, "test", lambda: Login("gateway", "guessed", str(secrets / "ca.pem")))
     began = time.monotonic()
     with pytest.raises(ConfigError, match=r"does not let gateway in .*Authorization.*: see MOECULE_NATS_PASSWORDS"):
         await bus.connect()
@@ -129,7 +142,7 @@ async def test_a_wrong_password_ends_the_start_with_a_sentence(secrets: Path, ur
 
 async def test_a_server_whom_nobody_vouches_for_is_not_talked_to(secrets: Path, url: str) -> None:
     password = (secrets / "gateway").read_text().strip()
-    bus = NatsBus(url, "test", Login("gateway", password))
+    bus = NatsBus(url, "test", lambda: Login("gateway", password))
     with pytest.raises(ConfigError, match=r"is not known: .*certificate verify failed.*; see MOECULE_NATS_CA"):
         await bus.connect()
     await bus.close()
@@ -147,7 +160,7 @@ async def test_a_password_is_not_shown_to_whoever_has_no_tls(secrets: Path, nats
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         for url in (f"tls://127.0.0.1:{port}", f"nats://127.0.0.1:{port}", nats_url):
-            bus = NatsBus(url, "test", Login("gateway", password, str(secrets / "ca.pem")))
+            bus = NatsBus(url, "test", lambda: Login("gateway", password, str(secrets / "ca.pem")))
             with pytest.raises(ConfigError, match="has no TLS, which tls:// or MOECULE_NATS_CA demands"):
                 await bus.connect()
             await bus.close()
@@ -169,8 +182,23 @@ def test_a_missing_or_empty_password_is_told(tmp_path: Path) -> None:
     (tmp_path / "gateway").write_text("\n")
     with pytest.raises(ConfigError, match="is empty"):
         Login.of(settings, "gateway")
-    with pytest.raises(ConfigError, match="MOECULE_NATS_CA"):
-        Login(ca=str(tmp_path / "none.pem")).options("nats://localhost")
+    (tmp_path / "gateway").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="it is not text"):
+        Login.of(settings, "gateway")
+
+
+def test_a_missing_or_malformed_certificate_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "ca.pem"
+    settings = Settings(nats_ca=str(path))
+    with pytest.raises(ConfigError, match=r"ca\.pem \(MOECULE_NATS_CA\) cannot be read: No such file"):
+        Login.of(settings, "gateway")
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"ca\.pem \(MOECULE_NATS_CA\) holds no certificate that can be read"):
+        Login.of(settings, "gateway").options("nats://localhost")
+
+
+def test_a_login_shows_no_password() -> None:
+    assert "guessed" not in repr(Login("gateway", "guessed"))
 
 
 @pytest.mark.cluster

@@ -10,6 +10,7 @@ import pytest
 
 from common.cores import cores_of, pin_actor
 from common.errors import ConfigError
+from common.preflight import nats_address
 from common.settings import PREFIX, Settings, actor_id, node_id, unknown_settings
 
 
@@ -42,6 +43,11 @@ def test_each_kind_is_read():
             "MOECULE_CORS_ORIGINS is 'https://a.example/': use * or origins like https://chat.example.com, "
             "with commas between",
         ),
+        (
+            "NATS_URL",
+            "ws://user:se/cret@localhost:8080",
+            "MOECULE_NATS_URL is 'ws://localhost:8080': use nats://HOST:PORT, or tls://HOST:PORT for a server with TLS",
+        ),
         ("ID", "x" * 65, f"MOECULE_ID is {'x' * 65!r}: use 1 to 64 letters, digits, - and _"),
     ],
 )
@@ -49,6 +55,44 @@ def test_what_is_malformed_is_named(name: str, value: str, sentence: str):
     with pytest.raises(ConfigError) as caught:
         Settings.from_env({PREFIX + name: value})
     assert caught.value.message == sentence
+
+
+@pytest.mark.parametrize(
+    ("url", "works"),
+    [
+        ("nats://127.0.0.1:4222", True),
+        ("tls://nats.example.com", True),
+        ("nats://[::1]:4222/", True),
+        ("nats://user:p@ss@localhost:4222", True),
+        ("localhost:4222", True),
+        ("localhost", True),
+        ("ws://localhost:8080", False),
+        ("wss://localhost", False),
+        ("http://localhost:4222", False),
+        ("TLS://localhost:4222", False),  # nats-py does not know it
+        ("nats://", False),
+        ("tls://:4222", False),
+        ("nats://user:secret@", False),
+        ("nats://user:secret@:4222", False),
+        (":4222", False),
+        ("nats://localhost:port", False),
+        ("nats://a:4222,nats://b:4222", False),
+    ],
+)
+def test_a_nats_url_has_a_host_and_a_scheme_that_works(url: str, works: bool):
+    environ = {"MOECULE_NATS_URL": url}
+    if works:
+        assert Settings.from_env(environ).nats_url == url
+        assert nats_address(Settings.from_env(environ))[0] in ("127.0.0.1", "nats.example.com", "::1", "localhost")
+        return
+    with pytest.raises(ConfigError, match=r"MOECULE_NATS_URL is .*: use nats://HOST:PORT, or tls://") as caught:
+        Settings.from_env(environ)
+    assert "secret" not in caught.value.message
+
+
+def test_a_port_that_is_none_is_told_without_the_login():
+    with pytest.raises(ConfigError, match=r"MOECULE_NATS_URL is 'nats://localhost:99999': use nats://HOST:PORT"):
+        nats_address(Settings(nats_url="nats://user:secret@localhost:99999"))
 
 
 def test_an_unknown_variable_is_told_with_the_nearest_one():
