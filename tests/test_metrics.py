@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -140,6 +141,21 @@ async def test_a_shard_that_is_slow_is_the_one_that_is_waited_for(cluster: Compo
         assert by_shard[slow.id] > 3 * by_shard[quick.id], by_shard
     trips = seen.total("link_round_trip_seconds_count", shard=slow.id)
     assert 4 * LAYERS < trips <= 8 * LAYERS, "a token may have none of its experts there"
+
+
+async def test_a_shard_that_has_left_is_not_told_of_any_more(cluster: Composed) -> None:
+    await cluster.client.ask(PROMPT, greedy(5, ignore_eos=True))
+    (leaving, staying), worker = cluster.shards, cluster.workers[0]
+    before = dict(worker.beat().waited)  # type: ignore[attr-defined]
+    cluster.lives[leaving.id].leave.set()
+    async with asyncio.timeout(20):
+        while leaving.id in dict(worker.beat().waited):  # type: ignore[attr-defined]
+            await asyncio.sleep(0.02)
+    families = (await page(cluster)).families
+    for name in ("moecule_link_wait_seconds", "moecule_link_round_trip_seconds"):
+        assert {sample.labels["shard"] for sample in families[name].samples} == {staying.id}
+    after = dict(worker.beat().waited)  # type: ignore[attr-defined]
+    assert after.keys() == {staying.id} and after[staying.id] >= before[staying.id] > 0
 
 
 async def test_all_follow_one_map(cluster: Composed) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 import urllib.request
@@ -195,8 +196,7 @@ def test_a_death_shows_within_two_seconds_and_so_does_the_return(
     chip = card(page, actor).locator(".chip")
     chip.filter(has_text="ready").wait_for(timeout=BACK_MS)
     started = card(page, actor).locator(".note").text_content()
-    (pid,) = [p for p in running.actor_pids(service) if f"HONCHO_PROCESS_NAME={service}.{actor[-1]}\0" in environ(p)]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid_of(running, service, actor), signal.SIGKILL)
     died = time.monotonic()
     chip.filter(has_text="silent").wait_for(timeout=SHOWN_MS)
     assert time.monotonic() - died < 2
@@ -206,6 +206,11 @@ def test_a_death_shows_within_two_seconds_and_so_does_the_return(
     assert f"{actor} is back in a new life" in page.locator("#log").text_content()
     assert card(page, actor).locator(".note").text_content() != started, "how often it started"
     state(page, "Ready")
+
+
+def pid_of(running: Cluster, service: str, actor: str) -> int:
+    (pid,) = [p for p in running.actor_pids(service) if f"HONCHO_PROCESS_NAME={service}.{actor[-1]}\0" in environ(p)]
+    return pid
 
 
 def environ(pid: int) -> str:
@@ -226,6 +231,22 @@ def test_what_each_actor_does_is_live(page: Page, running: Cluster) -> None:
     page.keyboard.press("Escape")
     until(page, "() => document.querySelector('#running').textContent === '0'")
     until(page, "() => document.querySelector('#speed').textContent === '0'")
+
+
+def test_a_shard_that_is_stopped_is_named_while_a_step_waits_for_it(page: Page, running: Cluster) -> None:
+    """The shares are of the last two seconds, and it is given up after five."""
+    card(page, "shard-2").locator(".chip").filter(has_text="ready").wait_for(timeout=BACK_MS)
+    endless(page)
+    send(page)
+    until(page, "() => document.querySelector('.theirs')?.textContent.length > 40")
+    stopped = pid_of(running, "expert_shard", "shard-2")
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        page.locator("#worker dd").filter(has_text=re.compile(r"^([6-9]\d|100) % on shard-2$")).wait_for(timeout=4000)
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    page.keyboard.press("Escape")
+    until(page, "() => document.querySelector('#running').textContent === '0'")
 
 
 def drawn(**changes: Any) -> dict[str, Any]:
