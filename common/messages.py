@@ -107,8 +107,9 @@ class SchedulerBeat(Message):
 
 
 class WorkerBeat(Message):
-    """Tokens, steps and seconds are counted since the start, for the rates that others show. `waited`: for which shard
-    its steps stood still how long, as LinkTimes has it. `load_done` of `load_total` bytes are read while it starts."""
+    """Tokens, steps and seconds are counted since the start, for the rates that others show. `waited`: of each
+    shard that the map names, the seconds that steps stood still while it had not answered, as LinkTimes has it; none on
+    a GPU. `load_done` of `load_total` bytes are read while it starts."""
 
     id: str
     boot_id: str

@@ -154,6 +154,29 @@ async def test_rates_are_of_the_last_two_seconds(world: World) -> None:
     assert "tokens_per_second" not in world.actor("w"), "who is silent makes no tokens"
 
 
+async def test_a_shard_shows_the_worker_that_waits_for_it_the_most(world: World) -> None:
+    for shard in ("s-1", "s-2", "s-3"):
+        world.lives("shard", shard)
+    for tick in range(8):
+        world.lives("worker", "w-1", waited=(("s-1", 0.1 * tick * BEAT), ("s-2", 0.3 * tick * BEAT)))
+        world.lives("worker", "w-2", waited=(("s-1", 0.2 * tick * BEAT), ("s-2", 0.1 * tick * BEAT)))
+        await world.passes(BEAT)
+    assert [world.actor(shard).get("awaited") for shard in ("s-1", "s-2", "s-3")] == [0.2, 0.3, None]
+    world.lives("worker", "w-1", waited=(("s-2", 9.0),))
+    await world.passes(2 * BEAT)
+    assert world.actor("w-1")["waited"] == [{"shard": "s-2", "share": 1.0}], "who has left the map is not named"
+
+
+async def test_a_shard_that_nobody_waits_for_is_told_from_one_of_whom_nobody_knows(world: World) -> None:
+    world.lives("shard", "s")
+    world.lives("worker", "w", waited=())  # as on a GPU
+    await world.passes(1)
+    assert "awaited" not in world.actor("s")
+    world.lives("worker", "w", waited=(("s", 5.0),))
+    await world.passes(3)
+    assert world.actor("s")["awaited"] == 0
+
+
 async def test_our_own_outage_is_nobodys_silence(world: World) -> None:
     world.lives("worker", "w")
     await world.passes(2)

@@ -265,6 +265,81 @@ async def test_copies_take_turns_and_are_the_same_for_the_same_worker_and_step(c
     assert any((a != b).any() for a, b in zip(table.choose(0), other.choose(0), strict=True))
 
 
+# ---- who is slow
+
+
+@contextlib.contextmanager
+def held_back(*shards):
+    """shard id -> an event until which it answers nothing; at the end they all do."""
+    gates = {shard.id: threading.Event() for shard in shards}
+
+    def behind(gate, compute):
+        return lambda *arguments: gate.wait() and compute(*arguments)
+
+    for shard in shards:
+        shard.server._experts.compute = behind(gates[shard.id], shard.server._experts.compute)
+    try:
+        yield gates
+    finally:
+        for gate in gates.values():
+            gate.set()
+
+
+@pytest.mark.parametrize("kind", ["mailbox", "bus"])
+@pytest.mark.parametrize("first,last", [("s0", "s1"), ("s1", "s0")])
+async def test_each_shard_is_charged_for_the_time_until_its_own_answer(cluster, kind, first, last, monkeypatch):
+    """Whichever of them the sums are added of first."""
+    monkeypatch.setattr("services.gpu_worker.links.COUNT_SECONDS", 0.01)
+    shards = [await cluster.shard(f"s{n}") for n in range(2)]
+    worker = await cluster.links(kind)
+    await worker.set_map(cluster.map(shards))
+    with held_back(*shards) as gates:
+        step = asyncio.create_task(asyncio.to_thread(through, worker, 1, rows(8)))
+        await until(lambda: len(worker.times()) == 2 and all(one.waited > 0.05 for one in worker.times().values()))
+        gates[first].set()
+        await until(lambda: worker.times()[first].trips.count == 1)
+        charged = worker.times()[first].waited
+        assert charged <= worker.times()[last].waited and worker.times()[last].trips.count == 0, "it is late still"
+        await until(lambda: worker.times()[last].waited > charged + 0.05)
+        gates[last].set()
+        await step
+    times = worker.times()
+    assert times[first].waited == charged and times[last].waited > charged + 0.05
+    assert times[last].trips.count == 1 and times[first].trips.sum + 0.05 < times[last].trips.sum
+    assert all(one.waited < one.trips.sum for one in times.values()), "the rows were on their way before the wait"
+
+
+async def test_who_has_answered_before_the_wait_is_charged_nothing(cluster):
+    shards = [await cluster.shard(f"s{n}") for n in range(2)]
+    worker = await cluster.links("bus")
+    await worker.set_map(cluster.map(shards))
+    batch = rows(8)
+    out = torch.zeros_like(batch[0])
+    worker.begin_step()
+    worker.dispatch(1, *batch)
+    await until(lambda: all(sent.peer.answered() for sent in worker._sent))
+    worker.combine(out)
+    assert all(one.waited < one.trips.sum / 2 for one in worker.times().values())
+
+
+async def test_a_shard_that_the_map_no_longer_names_is_not_told_of(cluster):
+    shards = [await cluster.shard(f"s{n}") for n in range(3)]
+    worker = await cluster.links()
+    await worker.set_map(cluster.map(shards))
+    await asyncio.to_thread(whole_step, worker, rows(40))
+    before = {shard: times.trips.count for shard, times in worker.times().items()}
+    assert before == {f"s{n}": len(LAYERS) for n in range(3)}
+    await worker.set_map(cluster.map(shards[1:]))
+    assert worker.times().keys() == {"s1", "s2"}
+    await asyncio.to_thread(whole_step, worker, rows(40))
+    assert {shard: times.trips.count for shard, times in worker.times().items()} == {
+        "s1": 2 * len(LAYERS), "s2": 2 * len(LAYERS),
+    }  # fmt: skip
+    await worker.set_map(cluster.map(shards))
+    assert "s0" not in worker.times(), "its return begins with nothing"
+    assert worker._times.keys() == {"s1", "s2"}, "nothing of it is kept"
+
+
 # ---- death
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -122,8 +123,9 @@ async def test_an_answer_of_one_token_has_no_decode(cluster: Composed) -> None:
     assert (await page(cluster)).total("request_decode_time_seconds_sum") == 0
 
 
-async def test_a_shard_that_is_slow_is_the_one_that_is_waited_for(cluster: Composed) -> None:
-    slow = cluster.shards[0]  # whose answers the worker looks at first
+@pytest.mark.parametrize("which", [0, 1], ids=["first by name", "last by name"])
+async def test_a_shard_that_is_slow_is_the_one_that_is_waited_for(cluster: Composed, which: int) -> None:
+    slow, quick = cluster.shards[which], cluster.shards[1 - which]
     compute = slow.server._experts.compute
 
     def late(*arguments):  # type: ignore[no-untyped-def]
@@ -136,9 +138,24 @@ async def test_a_shard_that_is_slow_is_the_one_that_is_waited_for(cluster: Compo
     waited = {shard.id: seen.total("link_wait_seconds_total", shard=shard.id) for shard in cluster.shards}
     busy = {shard.id: seen.total("shard_busy_seconds_total", actor=shard.id) for shard in cluster.shards}
     for by_shard in (waited, busy):
-        assert by_shard[slow.id] > 3 * by_shard[cluster.shards[1].id], by_shard
+        assert by_shard[slow.id] > 3 * by_shard[quick.id], by_shard
     trips = seen.total("link_round_trip_seconds_count", shard=slow.id)
     assert 4 * LAYERS < trips <= 8 * LAYERS, "a token may have none of its experts there"
+
+
+async def test_a_shard_that_has_left_is_not_told_of_any_more(cluster: Composed) -> None:
+    await cluster.client.ask(PROMPT, greedy(5, ignore_eos=True))
+    (leaving, staying), worker = cluster.shards, cluster.workers[0]
+    before = dict(worker.beat().waited)  # type: ignore[attr-defined]
+    cluster.lives[leaving.id].leave.set()
+    async with asyncio.timeout(20):
+        while leaving.id in dict(worker.beat().waited):  # type: ignore[attr-defined]
+            await asyncio.sleep(0.02)
+    families = (await page(cluster)).families
+    for name in ("moecule_link_wait_seconds", "moecule_link_round_trip_seconds"):
+        assert {sample.labels["shard"] for sample in families[name].samples} == {staying.id}
+    after = dict(worker.beat().waited)  # type: ignore[attr-defined]
+    assert after.keys() == {staying.id} and after[staying.id] >= before[staying.id] > 0
 
 
 async def test_all_follow_one_map(cluster: Composed) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 import urllib.request
@@ -195,8 +196,7 @@ def test_a_death_shows_within_two_seconds_and_so_does_the_return(
     chip = card(page, actor).locator(".chip")
     chip.filter(has_text="ready").wait_for(timeout=BACK_MS)
     started = card(page, actor).locator(".note").text_content()
-    (pid,) = [p for p in running.actor_pids(service) if f"HONCHO_PROCESS_NAME={service}.{actor[-1]}\0" in environ(p)]
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid_of(running, service, actor), signal.SIGKILL)
     died = time.monotonic()
     chip.filter(has_text="silent").wait_for(timeout=SHOWN_MS)
     assert time.monotonic() - died < 2
@@ -206,6 +206,11 @@ def test_a_death_shows_within_two_seconds_and_so_does_the_return(
     assert f"{actor} is back in a new life" in page.locator("#log").text_content()
     assert card(page, actor).locator(".note").text_content() != started, "how often it started"
     state(page, "Ready")
+
+
+def pid_of(running: Cluster, service: str, actor: str) -> int:
+    (pid,) = [p for p in running.actor_pids(service) if f"HONCHO_PROCESS_NAME={service}.{actor[-1]}\0" in environ(p)]
+    return pid
 
 
 def environ(pid: int) -> str:
@@ -228,17 +233,37 @@ def test_what_each_actor_does_is_live(page: Page, running: Cluster) -> None:
     until(page, "() => document.querySelector('#speed').textContent === '0'")
 
 
+def test_a_shard_that_is_stopped_is_named_while_a_step_waits_for_it(page: Page, running: Cluster) -> None:
+    """The shares are of the last two seconds, and it is given up after five."""
+    card(page, "shard-2").locator(".chip").filter(has_text="ready").wait_for(timeout=BACK_MS)
+    endless(page)
+    send(page)
+    until(page, "() => document.querySelector('.theirs')?.textContent.length > 40")
+    stopped = pid_of(running, "expert_shard", "shard-2")
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        page.locator("#worker dd").filter(has_text=re.compile(r"^([6-9]\d|100) % on shard-2$")).wait_for(timeout=4000)
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    page.keyboard.press("Escape")
+    until(page, "() => document.querySelector('#running').textContent === '0'")
+
+
 def drawn(**changes: Any) -> dict[str, Any]:
-    """What /cluster might say of a large model while it loads."""
+    """What /cluster might say of a large model while a shard is loading again, and another is waited for."""
     experts = [{"expert": e, "tokens_per_second": 3.0 * e} for e in range(0, 256, 2)]
     shard = {
         "kind": "shard", "id": "shard-1-aa", "boot_id": "a", "state": "ready", "silent_seconds": 0, "node": "aa",
         "partitions": 32, "load_done": 30_000_000_000, "load_total": 100_000_000_000, "experts": experts,
     }  # fmt: skip
+    worker = {
+        "kind": "worker", "id": "worker-1-aa", "boot_id": "a", "state": "ready", "silent_seconds": 0, "node": "aa",
+        "waited": [{"shard": "shard-2-aa", "share": 0.34}],
+    }  # fmt: skip
     return {
         "at": time.time(), "gateway": "g", "model": "a-model-with-a-rather-long-name-that-goes-on-and-on",
         "connected": True, "reason": "experts are being loaded by shard-1 (30 %)", "map_version": 0, "partitions": 64,
-        "actors": [shard, shard | {"id": "shard-2-aa"}], "happenings": [],
+        "actors": [worker, shard, shard | {"id": "shard-2-aa", "awaited": 0.34}], "happenings": [],
     } | changes  # fmt: skip
 
 
@@ -267,6 +292,29 @@ def test_who_is_slow_stands_out(page: Page) -> None:
     card(page, "w-1").get_by_text("Its steps are the slowest").wait_for()
     card(page, "s-2").get_by_text("A row takes it longer than the others").wait_for()
     assert page.locator(".slow").filter(visible=True).count() == 2
+
+
+def fact(page: Page, actor: str, name: str) -> str:
+    return card(page, actor).locator("dl > div").filter(has_text=name).locator("dd").text_content() or ""
+
+
+def test_whom_workers_wait_for_has_a_name(page: Page) -> None:
+    both = {"boot_id": "a", "state": "ready", "silent_seconds": 0, "node": "n"}
+    worker, shard = both | {"kind": "worker"}, both | {"kind": "shard", "rows_per_second": 9.0}
+    timed = {"row_us": 20.0, "busy": 0.4}
+    waited = [{"shard": "s-1-n", "share": 0.12}, {"shard": "s-2-n", "share": 0.34}]
+    says(page, drawn(actors=[
+        worker | {"id": "w-1-n", "waited": waited}, worker | {"id": "w-2-n", "waited": [waited[0] | {"share": 0.001}]},
+        worker | {"id": "w-3-n", "own_experts": True}, worker | {"id": "w-4-n"},
+        shard | timed | {"id": "s-1-n", "awaited": 0.12}, shard | timed | {"id": "s-2-n", "awaited": 0.34},
+        shard | timed | {"id": "s-3-n", "awaited": 0.0}, shard | {"id": "s-4-n"},
+    ]))  # fmt: skip
+    card(page, "s-2").get_by_text("Workers wait for it the longest", exact=True).wait_for()
+    assert page.locator(".slow").filter(visible=True).count() == 1
+    waits = [fact(page, f"w-{n}", "Waits on shards") for n in range(1, 5)]
+    assert waits == ["34 % on s-2", "0 %", "none", "–"], "on a GPU they are not known"
+    assert [fact(page, f"s-{n}", "Waited for") for n in range(1, 5)] == ["12 %", "34 %", "0 %", "–"]
+    assert [fact(page, f"s-{n}", "Busy") for n in (1, 4)] == ["40 %", "–"]
 
 
 def test_a_gateway_that_is_gone_is_said_and_what_stands_there_is_dated(page: Page) -> None:

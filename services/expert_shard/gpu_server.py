@@ -49,7 +49,7 @@ class GpuServer:
     def __init__(self) -> None:
         self.bell = Bell.create("moecule-shard-bell")
         self.rows_served = 0
-        self.busy_seconds = 0.0  # not known: the host would have to wait for the kernels
+        self.busy_seconds = 0.0  # not known: a graph's time is also that of its waits for rows
         self._attachments: tuple[GpuAttachment, ...] = ()  # replaced, never changed
         self._launching = threading.Lock()  # held for one launch at a time
         self._turn = 0

@@ -1,5 +1,8 @@
 """What this shard did between two moments that a worker names, as a span. It is of all who asked: a shard knows rows,
-and not whose they are."""
+and not whose they are.
+
+A GPU shard's span has no busy seconds: its launching thread waits for no kernel, and a time taken on the device around
+a graph would also be that of the kernels in it which wait for the worker's rows."""
 
 from __future__ import annotations
 
@@ -42,6 +45,6 @@ class Watches:
     def _end(self, span: Span, before: ShardCounts) -> None:
         now = self._counts()
         span.set({"moecule.rows": now.rows - before.rows, "moecule.partitions": now.partitions})
-        if now.busy_seconds:  # a GPU's are not known
+        if now.busy_seconds:  # 0 on a GPU, where they are not known
             span.set({"moecule.busy_seconds": now.busy_seconds - before.busy_seconds})
         span.end()

@@ -33,8 +33,8 @@ Condition = Literal["starting", "ready", "draining", "silent", "left", "gone"]
 
 
 class Wait(msgspec.Struct, frozen=True):
-    """The share of its time, 0 to 1, that a worker's steps stood still for this shard, those of lower ids having
-    answered: what all take in parallel counts for the first."""
+    """The share of its time, 0 to 1, that a worker's steps stood still while this shard had not answered. A time in
+    which several had not counts for each of them: these do not add up."""
 
     shard: str
     share: float
@@ -76,6 +76,7 @@ class ActorView(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rows_per_second: float = 0.0
     row_us: float = 0.0
     busy: float = 0.0  # share of its time, 0 to 1
+    awaited: float | None = None  # the largest share that a worker tells in `waited`; None: no worker tells of it
     experts: list[ExpertRate] = []  # those that it holds; none where they are not counted
 
 
@@ -212,6 +213,7 @@ class ClusterView:
     def _cluster(self) -> Cluster:
         order = list(KINDS.values())
         known = sorted(self._known.values(), key=lambda one: (order.index(one.kind), _natural(one.beat.id)))
+        actors = [self._view(one) for one in known]
         return Cluster(
             at=round(self._wall(), 3),
             gateway=self._gateway_id,
@@ -220,7 +222,7 @@ class ClusterView:
             reason=self._why_not_ready(),
             map_version=self._map_version,
             partitions=self._config.partitions,
-            actors=[self._view(one) for one in known],
+            actors=_with_awaited(actors),
             happenings=list(self._happenings),
         )
 
@@ -280,6 +282,17 @@ def _worker(beat: WorkerBeat, known: _Known) -> dict[str, Any]:
         "waited": [Wait(s, min(1.0, rate(t - before.get(s, 0.0), 3))) for s, t in beat.waited],
         "own_experts": beat.own_experts,
     }
+
+
+def _with_awaited(actors: list[ActorView]) -> list[ActorView]:
+    """Workers tell whom they wait for; each shard shows the one that waits for it the most."""
+    longest: dict[str, float] = {}
+    for wait in (wait for actor in actors for wait in actor.waited):
+        longest[wait.shard] = max(wait.share, longest.get(wait.shard, 0.0))
+    return [
+        msgspec.structs.replace(actor, awaited=longest.get(actor.id)) if actor.kind == "shard" else actor
+        for actor in actors
+    ]
 
 
 def _rates(known: _Known) -> Callable[..., float]:

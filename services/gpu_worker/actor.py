@@ -163,8 +163,7 @@ class Worker(Actor):
         return Standing(self.engine.planner.allocator.total, self.links.version, *load, self._link_times())
 
     def _link_times(self) -> dict[str, LinkTimes]:
-        """A copy: the step loop may meet a new shard meanwhile."""
-        return dict(self.links.times) if isinstance(self.links, ExpertLinks) else {}
+        return self.links.times() if isinstance(self.links, ExpertLinks) else {}
 
     async def drain(self) -> None:
         await self._admissions.drain()

@@ -29,25 +29,27 @@ from services.gpu_worker.membership import ATTACH_SECONDS, Membership
 from services.gpu_worker.peers import BusPeer, MailboxPeer, Peer, RowPeer
 
 WAIT_BOUND_SECONDS = 30.0
+COUNT_SECONDS = 0.25  # a long wait is counted piece by piece, so that heartbeats tell of it while it lasts
 TRIP_BUCKETS = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # seconds
 
 
 class LinkTimes:
-    """Of one shard, as the compute thread meets it. `trips`: from a dispatch to the look at its answer, so that a shard
-    behind a slow one looks slow too. `waited`: for how long the step stood still for this shard when those of lower ids
-    had answered: what all take in parallel counts for the first."""
+    """Of one shard, in seconds, as the compute thread meets it. `trips`: from a dispatch to the moment that its answer
+    is seen. `waited`: for how long steps stood still while it had not answered, as if it were the only one: a time in
+    which several had not counts for each of them, so that these may add up to more than the steps stood still."""
 
     def __init__(self) -> None:
         self.trips = Tally(TRIP_BUCKETS)
         self.waited = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Sent:
     """What one window of rows went to one peer as."""
 
     peer: RowPeer
     rows: np.ndarray | None  # None: all rows of the window
+    times: LinkTimes
 
 
 class ExpertLinks(Membership):
@@ -69,12 +71,13 @@ class ExpertLinks(Membership):
         self._step = 0
         # The compute thread's.
         self._in_step = False
-        self.times: dict[str, LinkTimes] = {}  # shard id -> its times; grows only
+        self._times: dict[str, LinkTimes] = {}  # shard id -> its times; the event loop takes out those that have left
         self._sent_at = 0.0
         self._table = self._newest
         self._lookups = np.empty((0, 1), np.int32)  # of Table.choose, for this step
         self._work: tuple[int, np.ndarray, np.ndarray, np.ndarray] = (0, np.empty(0), np.empty(0), np.empty(0))
         self._sent: list[_Sent] = []
+        self._late: list[_Sent] = []  # of these the ones whose answer has not been seen
 
     # ---- the compute thread
 
@@ -117,15 +120,13 @@ class ExpertLinks(Membership):
             rows = None if every else some.nonzero()[0]
             if rows is None or len(rows):
                 peer.submit(layer, x, mine, weights, rows)
-                self._sent.append(_Sent(peer, rows))
+                self._sent.append(_Sent(peer, rows, self._times_of(peer.shard_id)))
+        self._late = self._sent
         self._sent_at = time.perf_counter()
 
     def _add(self, sent: _Sent, out: np.ndarray) -> None:
-        began = time.perf_counter()
-        self._wait(sent.peer)
-        ended, times = time.perf_counter(), self._times(sent.peer)
-        times.trips.add(ended - self._sent_at)
-        times.waited += ended - began
+        if sent in self._late:
+            self._wait(sent)
         try:
             sums = sent.peer.sums()
         except PeerLost as lost:
@@ -135,32 +136,54 @@ class ExpertLinks(Membership):
         else:
             out[sent.rows] += sums  # a row occurs once
 
-    def _times(self, peer: RowPeer) -> LinkTimes:
-        if (found := self.times.get(peer.shard_id)) is None:
-            found = self.times[peer.shard_id] = LinkTimes()
+    def _times_of(self, shard_id: str) -> LinkTimes:
+        if (found := self._times.get(shard_id)) is None:
+            found = self._times[shard_id] = LinkTimes()
         return found
 
-    def _wait(self, peer: RowPeer) -> None:
-        deadline = time.monotonic() + self._bound
+    def _wait(self, sent: _Sent) -> None:
+        """Every answer rings our bell, so that those of others are seen when they come, not when their turn does."""
+        now = time.perf_counter()
+        deadline = now + self._bound
         while True:
             seen = self._bell.value()
-            if peer.answered():
+            now = self._look(now)
+            if sent not in self._late:
                 return
-            if peer.lost:
-                self._fail(peer, peer.lost)
-            left = deadline - time.monotonic()
-            if left <= 0:
-                self._fail(peer, f"has not answered for {self._bound:g} s")
-            self._bell.wait(seen, left)
+            if sent.peer.lost:
+                self._fail(sent.peer, sent.peer.lost)
+            if now >= deadline:
+                self._fail(sent.peer, f"has not answered for {self._bound:g} s")
+            self._bell.wait(seen, min(deadline - now, COUNT_SECONDS))
+
+    def _look(self, since: float) -> float:
+        """Who has answered now is late no longer; the step stood still for all who were. The time."""
+        now, late = time.perf_counter(), []
+        for sent in self._late:
+            sent.times.waited += now - since
+            if sent.peer.answered():
+                sent.times.trips.add(now - self._sent_at)
+            else:
+                late.append(sent)
+        self._late = late
+        return now
 
     def _fail(self, peer: Peer, why: str) -> NoReturn:
         """Break the step off. The next one starts without this peer, whether or not the loop has heard of it yet."""
-        self._in_step, self._sent = False, []
+        self._in_step, self._sent, self._late = False, [], []
         peer.lost = peer.lost or why
         self._loop.call_soon_threadsafe(self._lose, peer, why)
         raise PeerLost(peer.shard_id, why)
 
     # ---- the event loop
+
+    def times(self) -> dict[str, LinkTimes]:
+        """Of each shard of the newest map that was asked. What one that has left took is forgotten."""
+        named, found = self._newest.expert_map.shards, dict(self._times)  # a copy: a step may meet a new one meanwhile
+        for shard_id in found.keys() - named.keys():
+            del found[shard_id]
+            self._times.pop(shard_id, None)
+        return found
 
     async def close(self) -> None:
         await super().close()

@@ -89,11 +89,11 @@ class WorkerMetrics(Collector):
 
     def _links(self) -> Iterator[Metric]:
         trips = HistogramMetricFamily(
-            "moecule_link_round_trip_seconds", "From a dispatch to the look at this shard's answer", labels=["shard"]
+            "moecule_link_round_trip_seconds", "From a dispatch to when this shard's answer is seen", labels=["shard"]
         )
         waited = CounterMetricFamily(
             "moecule_link_wait_seconds",
-            "Time that steps stood still for a shard when those of lower ids had answered",
+            "Time that steps stood still while this shard had not answered; counts for each of those that had not",
             labels=["shard"],
         )
         for shard, times in sorted(self._standing().links.items()):
