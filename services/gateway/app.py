@@ -38,6 +38,9 @@ from services.gateway.responses import error_body
 from services.gateway.responses_api import ResponsesEndpoint
 from services.gateway.tokenize import Counter, DetokenizeBody, TokenizeBody
 
+HOST = re.compile(r"[A-Za-z0-9.:\[\]-]{1,260}")  # DNS names have 253 characters at most, a port 5
+ADDRESS = f"http://{secrets.token_hex(16)}.invalid"  # that no document holds otherwise
+
 
 class App:
     """`why_not_ready`: a sentence, empty when a worker can serve. `metrics_text`: the page of /metrics. `forget_pages`:
@@ -181,16 +184,21 @@ class App:
         return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _openapi(self, request: Request) -> Response:
-        return Response(_pages(self._served(request))[0], media_type="application/json")
+        return Response(_at_its_address(self._documents[0], request), media_type="application/json")
 
     async def _asyncapi(self, _: Request) -> Response:
         return Response(self._asyncapi_page, media_type="application/json")
 
     async def _docs(self, request: Request) -> Response:
-        return Response(_pages(self._served(request))[1], media_type="text/html")
+        return Response(_at_its_address(self._documents[1], request), media_type="text/html")
 
-    def _served(self, request: Request) -> Served:
-        return Served(_base_url(request), self._preparer.name, self._preparer.config.vocab, self._keys.wanted)
+    @functools.cached_property
+    def _documents(self) -> tuple[bytes, bytes]:
+        """The OpenAPI document and the page of docs, made once: that takes long, and each client has its own address
+        for us. ADDRESS stands for it."""
+        preparer = self._preparer
+        found = document(Served(ADDRESS, preparer.name, preparer.config.vocab, self._keys.wanted))
+        return msgspec.json.encode(found), docs_page(found).encode()
 
 
 class _Tagged:
@@ -230,19 +238,13 @@ def _retry_headers(error: MoeculeError) -> list[tuple[bytes, bytes]]:
     return [(b"retry-after", str(error.retry_after).encode())]
 
 
-@functools.lru_cache(maxsize=8)
-def _pages(served: Served) -> tuple[bytes, bytes]:
-    """The OpenAPI document and the page of docs, made once for each address that the gateway is reached at."""
-    found = document(served)
-    return msgspec.json.encode(found), docs_page(found).encode()
-
-
-def _base_url(request: Request) -> str:
-    """Where the client reached us, for examples that it can run as they are."""
+def _at_its_address(page: bytes, request: Request) -> bytes:
+    """With the address where the client reached us, for examples that it can run as they are. Neither JSON nor HTML
+    has a form of its own for what a host's name is made of."""
     host = request.headers.get("host", "")
-    if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):
+    if not HOST.fullmatch(host):
         host = "{}:{}".format(*request.scope["server"])
-    return f"http://{host}"
+    return page.replace(ADDRESS.encode(), f"http://{host}".encode())
 
 
 def _json(value: Any) -> Response:
