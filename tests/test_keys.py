@@ -67,6 +67,23 @@ def test_a_malformed_file_is_refused_without_repeating_it(text: str, sentence: s
     assert not any(secret in sentence for secret in (ALICE, OPS, "0123"))
 
 
+def test_many_keys_are_read_in_a_time_that_grows_no_faster_than_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+
+    class Counted(bytes):
+        __hash__ = bytes.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return bytes.__eq__(self, other)
+
+    monkeypatch.setattr("services.gateway.keys.digest_of", lambda secret: Counted(secret.encode()))
+    keys = parse("\n".join(f"name{i} mk-0123456789abc-{i}" for i in range(2000)))
+    assert [keys[0].name, keys[-1].name, len(keys)] == ["name0", "name1999", 2000]
+    assert compared < 100, "2 million, if each is compared to those before it"
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[Path]:
     file = tmp_path / "keys"

@@ -49,23 +49,24 @@ class Malformed(Exception):
 
 def parse(text: str) -> tuple[Key, ...]:
     """Raises Malformed."""
-    keys: list[Key] = []
+    keys: dict[str, Key] = {}
+    names: dict[bytes, str] = {}  # by digest
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
         try:
             key = _parse_line(words)
-            if any(other.name == key.name for other in keys):
+            if key.name in keys:
                 raise Malformed(f"the name {key.name!r} is there twice: give each key its own")
-            if same := [other.name for other in keys if other.digest == key.digest]:
-                raise Malformed(f"the key is the one of {same[0]!r}: make another for {key.name!r}")
+            if key.digest in names:
+                raise Malformed(f"the key is the one of {names[key.digest]!r}: make another for {key.name!r}")
         except Malformed as error:
             raise Malformed(f"line {number}: {error}") from None
-        keys.append(key)
+        keys[key.name], names[key.digest] = key, key.name
     if not keys:
         raise Malformed("there is no key in it: write a line `name key`, or unset MOECULE_API_KEYS to ask for none")
-    return tuple(keys)
+    return tuple(keys.values())
 
 
 def _parse_line(words: list[str]) -> Key:
