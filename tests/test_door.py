@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import chain
 from random import Random
@@ -17,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
+from common import nats_bus
 from common.actor import running
+from common.bus import RawMessage
 from common.clock import FakeClock
 from common.errors import LONGEST_MESSAGE, Draining, InvalidRequest, Overloaded
 from common.nats_bus import NatsBus
@@ -225,6 +228,32 @@ async def test_whatever_breaks_the_caller_is_answered(
         error = await (await other.ask(CHAT)).error()
     assert (error["code"], error["message"], error["status"]) == ("internal_error", "internal error", 500)
     assert (await (await other.ask(CHAT)).last())["type"] == "end"
+
+
+class Body(bytes):
+    """Bytes take no weak references; what is kept on them goes when they do."""
+
+    kept: set[str]
+
+
+async def test_while_an_answer_comes_nothing_holds_the_bytes_that_asked_for_it(
+    front: Front, other: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused(front)
+    bodies: list[weakref.ref[set[str]]] = []
+
+    def taken(subject: str, data: bytes, *rest: Any) -> RawMessage:
+        body = Body(data)
+        body.kept = set[str]()
+        if subject == GENERATE:
+            bodies.append(weakref.ref(body.kept))
+        return RawMessage(subject, body, *rest)
+
+    monkeypatch.setattr(nats_bus, "RawMessage", taken)
+    for body in (CHAT, TEXT, {"tokens": [5, 6, 7]}):
+        await (await other.ask(body)).until("tokens", count=2)
+    assert front.gateway.generator.active == 3
+    assert [body() for body in bodies] == [None] * 3
 
 
 # ---- cancelling, and callers that are gone

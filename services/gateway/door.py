@@ -248,7 +248,9 @@ class Door:
             if len(self._callers) > MOST_CALLERS:
                 raise Overloaded(f"this gateway has {MOST_CALLERS} requests over NATS already")
             with self._generator.taking(self._keys.caller(shown(message)), GENERATE, traceparent_of(message)) as permit:
-                await self._follow(message, caller, permit)
+                body = self._read(message)
+                del message  # of up to 8 MB, which nobody else holds by now
+                await self._follow(body, caller, permit)
             self._generate.answered(self._clock.now() - began)
         except MoeculeError as error:
             await self._fail(caller, error)
@@ -273,12 +275,17 @@ class Door:
         except MoeculeError as lost:
             self._log.warning("an error was not sent", request=caller.request_id, why=lost.message)
 
-    async def _follow(self, message: RawMessage, caller: Caller, permit: Permit) -> None:
-        generator = self._generator
-        if len(message.data) > generator.body_limit:
-            raise BodyTooLarge(f"the body is larger than the limit of {generator.body_limit} bytes")
+    def _read(self, message: RawMessage) -> AnyBody:
+        """Raises BodyTooLarge or InvalidRequest."""
+        limit = self._generator.body_limit
+        if len(message.data) > limit:
+            raise BodyTooLarge(f"the body is larger than the limit of {limit} bytes")
         body, unknown = read_request(message.data)
-        generator.warn_unknown(unknown)
+        self._generator.warn_unknown(unknown)
+        return body
+
+    async def _follow(self, body: AnyBody, caller: Caller, permit: Permit) -> None:
+        generator = self._generator
         with blaming_field(body):
             plan = await generator.plan(msgspec.structs.replace(body, return_token_ids=True), permit)
         await caller.tell(Accepted, cancel=caller.cancel_subject)
