@@ -211,6 +211,11 @@ def test_a_signal_during_back_off_ends_it(family: Family):
         ("MOECULE_MAX_BATCH", "many", "MOECULE_MAX_BATCH is 'many': use a whole number"),
         ("MOECULE_MODEL", "no/such", "there is no model folder 'no/such' (MOECULE_MODEL)"),
         ("MOECULE_NATS_URL", "nats://:x", "MOECULE_NATS_URL is 'nats://:x': use nats://HOST:PORT"),
+        (
+            "MOECULE_API_KEYS",
+            "no/such",
+            "MOECULE_API_KEYS: no/such: cannot be read: No such file or directory",
+        ),
         ("MOECULE_HOST", "192.0.2.1", "MOECULE_HOST is '192.0.2.1': that is no address of this machine"),
         (
             "MOECULE_DEVICE",
