@@ -236,10 +236,9 @@ class Body(bytes):
     kept: set[str]
 
 
-async def test_while_an_answer_comes_nothing_holds_the_bytes_that_asked_for_it(
-    front: Front, other: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paused(front)
+@pytest.fixture
+def bodies(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[set[str]]]:
+    """Of the requests that came, as long as somebody holds them."""
     bodies: list[weakref.ref[set[str]]] = []
 
     def taken(subject: str, data: bytes, *rest: Any) -> RawMessage:
@@ -250,6 +249,13 @@ async def test_while_an_answer_comes_nothing_holds_the_bytes_that_asked_for_it(
         return RawMessage(subject, body, *rest)
 
     monkeypatch.setattr(nats_bus, "RawMessage", taken)
+    return bodies
+
+
+async def test_while_an_answer_comes_nothing_holds_the_bytes_that_asked_for_it(
+    front: Front, other: Service, bodies: list[weakref.ref[set[str]]]
+) -> None:
+    paused(front)
     for body in (CHAT, TEXT, {"tokens": [5, 6, 7]}):
         await (await other.ask(body)).until("tokens", count=2)
     assert front.gateway.generator.active == 3
@@ -396,14 +402,18 @@ async def test_a_gateway_that_leaves_gives_the_requests_to_another(front: Front,
         front.worker.resume_sending()
 
 
-async def test_the_last_gateway_refuses_while_it_finishes(front: Front, other: Service) -> None:
+async def test_the_last_gateway_refuses_while_it_finishes(
+    front: Front, other: Service, bodies: list[weakref.ref[set[str]]]
+) -> None:
     paused(front)
     first = await other.ask(CHAT)
     await first.until("tokens")
     front.life.leave.set()
     await until(lambda: front.gateway.state == "draining")
-    error = await (await other.ask(CHAT)).error()
-    assert (error["code"], error["status"], error["retry_after"]) == ("draining", 503, 1)
+    for _ in range(3):
+        error = await (await other.ask(CHAT)).error()
+        assert (error["code"], error["status"], error["retry_after"]) == ("draining", 503, 1)
+    await until(lambda: [body() for body in bodies] == [None] * 4)
     front.worker.resume_sending()
     assert (await first.last())["type"] == "end"
 

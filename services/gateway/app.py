@@ -24,7 +24,6 @@ from common.errors import (
     MoeculeError,
     NotAllowed,
     NotFound,
-    NoWorker,
     RequestCancelled,
 )
 from services.gateway.cache import Forgotten
@@ -43,7 +42,7 @@ ADDRESS = f"http://{secrets.token_hex(16)}.invalid"  # that no document holds ot
 
 
 class App:
-    """`why_not_ready`: a sentence, empty when a worker can serve. `metrics_text`: the page of /metrics. `forget_pages`:
+    """`not_ready`: why no worker can serve, None when one can. `metrics_text`: the page of /metrics. `forget_pages`:
     empties the workers' prefix caches. `page`: the routes of the page at / and of its data. `asyncapi`: the document of
     the NATS door."""
 
@@ -52,7 +51,7 @@ class App:
         generator: Generator,
         keys: Keys,
         metrics: GatewayMetrics,
-        why_not_ready: Callable[[], str],
+        not_ready: Callable[[], MoeculeError | None],
         metrics_text: Callable[[], Awaitable[str]],
         forget_pages: Callable[[], Awaitable[Forgotten]],
         page: Sequence[Route],
@@ -65,7 +64,7 @@ class App:
         self._counter = Counter(generator.preparer)
         self._keys = keys
         self._metrics = metrics
-        self._why_not_ready = why_not_ready
+        self._not_ready = not_ready
         self._metrics_text = metrics_text
         self._forget_pages = forget_pages
         self._created = created
@@ -175,8 +174,8 @@ class App:
         return _json(Status("alive"))
 
     async def _ready(self, _: Request) -> Response:
-        if why := self._why_not_ready():
-            raise NoWorker(why)
+        if error := self._not_ready():
+            raise error
         return _json(Status("ready"))
 
     async def _metrics_page(self, _: Request) -> Response:

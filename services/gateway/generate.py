@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from common.actor import first_leaf
 from common.clock import Clock, within
-from common.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MoeculeError, RequestCancelled
+from common.errors import BodyTimeout, BodyTooLarge, Draining, InvalidRequest, MoeculeError, RequestCancelled
 from common.tracing import Attributes, Traces, current
 from services.gateway.bodies import decode_body
 from services.gateway.limits import Caller, Permit
@@ -55,7 +55,7 @@ class Generator:
         self.body_limit = body_limit
         self.receive_seconds = receive_seconds
         self.active = 0  # requests whose answer is not complete
-        self.refusal: MoeculeError | None = None  # why nothing new is taken
+        self.refusal = ""  # why nothing new is taken
         self._streams = streams
         self.metrics = metrics
         self._clock = clock
@@ -68,7 +68,7 @@ class Generator:
         """A request, until its answer is complete, by whichever door it came. Raises why none is taken. `name` and
         `traceparent` are for its span, in which all of the block happens."""
         if self.refusal:
-            raise self.refusal
+            raise Draining(self.refusal)
         self.active += 1
         self.metrics.running.set(self.active)
         try:
