@@ -95,6 +95,7 @@ class App:
         if scope["type"] != "http":
             await self._router(scope, receive, send)
             return
+        scope["moecule.headers"] = dict(scope["headers"])
         answer = _Tagged(send, _request_id(scope))
         scope["moecule.request_id"] = answer.request_id
         scope["app"] = self  # makes the router raise its 404 and 405 instead of answering in plain text
@@ -219,7 +220,7 @@ class _Tagged:
 
 def _request_id(scope: Scope) -> str:
     """The client's own, if it is a plain word."""
-    theirs = dict(scope["headers"]).get(b"x-request-id", b"")
+    theirs = scope["moecule.headers"].get(b"x-request-id", b"")
     return theirs.decode() if re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", theirs) else secrets.token_hex(12)
 
 

@@ -171,7 +171,8 @@ class Endpoint(Generic[Body]):
         self._kind: type[Body] = kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name, traceparent = f"POST {scope['path']}", dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
+        name = f"POST {scope['path']}"
+        traceparent = scope["moecule.headers"].get(b"traceparent", b"").decode("latin-1")
         with self._generator.taking(scope["moecule.caller"], name, traceparent, timeout_of(scope)) as permit:
             await self.answer(permit, scope, receive, send)
 
@@ -259,7 +260,7 @@ def _attributes(jobs: list[Job], outputs: list[Output]) -> Attributes:
 
 def timeout_of(scope: Scope) -> float | None:
     """Seconds that the header x-request-deadline-ms gives a request. Raises InvalidRequest."""
-    text = dict(scope["headers"]).get(b"x-request-deadline-ms")
+    text = scope["moecule.headers"].get(b"x-request-deadline-ms")
     if text is None:
         return None
     if not (text.isdigit() and len(text) < 10 and 1 <= int(text) <= MOST_MILLISECONDS):
@@ -269,7 +270,7 @@ def timeout_of(scope: Scope) -> float | None:
 
 async def read_all(scope: Scope, receive: Receive, limit: int) -> bytes:
     """The request's body. Raises BodyTooLarge, or RequestCancelled when the client leaves meanwhile."""
-    announced = dict(scope["headers"]).get(b"content-length", b"0")
+    announced = scope["moecule.headers"].get(b"content-length", b"0")
     if not announced.isdigit():
         raise InvalidRequest("the content-length header is not a number")
     body, size, more = bytearray(), int(announced), True
