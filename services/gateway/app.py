@@ -26,6 +26,7 @@ from common.errors import (
     NotFound,
     RequestCancelled,
 )
+from common.tracing import NOT_RECORDED, Span
 from services.gateway.cache import Forgotten
 from services.gateway.docs_page import docs_page
 from services.gateway.generate import Endpoint, Generator, send_json
@@ -59,6 +60,7 @@ class App:
         log: Any,
         asyncapi: bytes,
     ) -> None:
+        self._traces = generator.traces
         self._preparer = generator.preparer
         self._read_body = generator.read_body
         self._counter = Counter(generator.preparer)
@@ -89,7 +91,9 @@ class App:
                 *page,
             ]
         )
-        self._paths = {route.path for route in self._router.routes if isinstance(route, Route)}
+        routes = [route for route in self._router.routes if isinstance(route, Route)]
+        self._paths = {route.path for route in routes}
+        self._traced = {route.path for route in routes if isinstance(route.endpoint, Endpoint)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -100,8 +104,9 @@ class App:
         scope["moecule.request_id"] = answer.request_id
         scope["app"] = self  # makes the router raise its 404 and 405 instead of answering in plain text
         try:
-            self._check_key(scope)
-            await self._router(scope, receive, answer)
+            with self._span(scope):
+                self._check_key(scope)
+                await self._router(scope, receive, answer)
         except HTTPException as error:
             await self._fail(answer, _as_ours(error, scope), scope, error.headers or {})
         except MoeculeError as error:
@@ -113,6 +118,17 @@ class App:
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.answered(path, answer.status)
+
+    def _span(self, scope: Scope) -> contextlib.AbstractContextManager[Span]:
+        """Of a request to generate, also of one that is refused at once."""
+        if scope["method"] != "POST" or scope["path"] not in self._traced:
+            return contextlib.nullcontext(NOT_RECORDED)
+
+        def header(name: str) -> str:
+            value: bytes = scope["moecule.headers"].get(name.encode(), b"")
+            return value.decode("latin-1")
+
+        return self._traces.request(f"POST {scope['path']}", header)
 
     def _check_key(self, scope: Scope) -> None:
         """Raises InvalidKey or NotAllowed. Endpoints find whoever asks in the scope."""

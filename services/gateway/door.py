@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -245,12 +246,13 @@ class Door:
         caller = Caller(self._line, message.reply_to, self._gateway_id)
         self._callers[caller.request_id] = caller
         try:
-            if len(self._callers) > MOST_CALLERS:
-                raise Overloaded(f"this gateway has {MOST_CALLERS} requests over NATS already")
-            with self._generator.taking(self._keys.caller(shown(message)), GENERATE, traceparent_of(message)) as permit:
-                body = self._read(message)
-                del message  # of up to 8 MB, which nobody else holds by now
-                await self._follow(body, caller, permit)
+            with self._generator.traces.request(GENERATE, partial(header_of, message.headers)):
+                if len(self._callers) > MOST_CALLERS:
+                    raise Overloaded(f"this gateway has {MOST_CALLERS} requests over NATS already")
+                with self._generator.taking(self._keys.caller(shown(message))) as permit:
+                    body = self._read(message)
+                    del message  # of up to 8 MB, which nobody else holds by now
+                    await self._follow(body, caller, permit)
             self._generate.answered(self._clock.now() - began)
         except MoeculeError as error:
             await self._fail(caller, error)
@@ -317,9 +319,9 @@ def shown(message: RawMessage) -> str | None:
     return bearer((name.lower().encode(), value.encode()) for name, value in message.headers.items())
 
 
-def traceparent_of(message: RawMessage) -> str:
-    """W3C's, in HTTP's header; empty: there is none."""
-    return next((text for name, text in message.headers.items() if name.lower() == "traceparent"), "")
+def header_of(headers: Mapping[str, str], name: str) -> str:
+    """By its name in lower case; empty: there is none."""
+    return next((text for one, text in headers.items() if one.lower() == name), "")
 
 
 class _Batches:

@@ -60,24 +60,24 @@ class Generator:
         self.metrics = metrics
         self._clock = clock
         self._log = log
-        self._traces = traces
+        self.traces = traces
         self._warned: set[str] = set()
 
     @contextlib.contextmanager
-    def taking(self, caller: Caller, name: str, traceparent: str, timeout: float | None = None) -> Iterator[Permit]:
-        """A request, until its answer is complete, by whichever door it came. Raises why none is taken. `name` and
-        `traceparent` are for its span, in which all of the block happens."""
+    def taking(self, caller: Caller, timeout: float | None = None) -> Iterator[Permit]:
+        """A request, until its answer is complete, by whichever door it came. Raises why none is taken. Its span is the
+        current one: the door began it, for whatever it refuses itself belongs there, too."""
         if self.refusal:
             raise Draining(self.refusal)
         self.active += 1
         self.metrics.running.set(self.active)
         try:
-            with self._traces.request(name, traceparent) as span:
-                span.set({"gen_ai.request.model": self.preparer.name})
-                if caller.key.name:
-                    span.set({"moecule.key": caller.key.name})
-                with caller.request(timeout) as permit:
-                    yield permit
+            span = current()
+            span.set({"gen_ai.request.model": self.preparer.name})
+            if caller.key.name:
+                span.set({"moecule.key": caller.key.name})
+            with caller.request(timeout) as permit:
+                yield permit
         except MoeculeError as error:
             self.metrics.failed(error.code)
             raise
@@ -171,9 +171,7 @@ class Endpoint(Generic[Body]):
         self._kind: type[Body] = kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name = f"POST {scope['path']}"
-        traceparent = scope["moecule.headers"].get(b"traceparent", b"").decode("latin-1")
-        with self._generator.taking(scope["moecule.caller"], name, traceparent, timeout_of(scope)) as permit:
+        with self._generator.taking(scope["moecule.caller"], timeout_of(scope)) as permit:
             await self.answer(permit, scope, receive, send)
 
     async def answer(self, permit: Permit, scope: Scope, receive: Receive, send: Send) -> None:
