@@ -202,7 +202,7 @@ class Generate(Message):
 
     `tenant`: whose it is, empty where nobody is told apart. `priority`: lower is earlier, as vLLM has it. `deadline`:
     seconds that are left of it when this is sent, since the clocks of nodes differ; None: it has none. `traceparent`:
-    the span that asks, as W3C writes it; empty: the request is not traced.
+    the span that asks, as common/tracing.py writes it; empty: the request is not traced.
     """
 
     request_id: str

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from opentelemetry import trace
@@ -25,6 +25,7 @@ from common.tracing import NOT_RECORDED, Attributes, Span, Traces, entered
 SEND_EVERY_MS = 500
 SEND_SECONDS = 5.0  # for a batch, its repetitions included
 TRACEPARENT = 55  # characters, of W3C's version 00
+MOST_STATE = 512  # characters of a tracestate that is passed on, as W3C wants at least; every actor gets it
 FLUSH_SECONDS = 0.3  # at the end; honcho waits little longer than actors drain
 
 _w3c = TraceContextTextMapPropagator()
@@ -43,14 +44,16 @@ class OtelTraces(Traces):
         self._provider.add_span_processor(BatchSpanProcessor(self._exporter, schedule_delay_millis=SEND_EVERY_MS))
         self._tracer = self._provider.get_tracer("moecule")
 
-    def request(self, name: str, traceparent: str) -> contextlib.AbstractContextManager[Span]:
-        return entered(self._start(name, traceparent))
+    def request(self, name: str, header: Callable[[str], str]) -> contextlib.AbstractContextManager[Span]:
+        state = header("tracestate")
+        return entered(self._start(name, header("traceparent"), state if len(state) <= MOST_STATE else ""))
 
     def begin(self, name: str, traceparent: str) -> Span:
-        return self._start(name, traceparent) if len(traceparent) == TRACEPARENT else NOT_RECORDED
+        parent, _, state = traceparent.partition(" ")
+        return self._start(name, parent, state) if len(parent) == TRACEPARENT else NOT_RECORDED
 
-    def _start(self, name: str, traceparent: str) -> Span:
-        parent = _w3c.extract({"traceparent": traceparent})
+    def _start(self, name: str, traceparent: str, tracestate: str) -> Span:
+        parent = _w3c.extract({"traceparent": traceparent, "tracestate": tracestate})
         span = self._tracer.start_span(name, parent, kind=trace.SpanKind.SERVER)
         return OtelSpan(self._tracer, span) if span.is_recording() else NOT_RECORDED
 
@@ -70,6 +73,8 @@ class OtelSpan(Span):
         self._within = trace.set_span_in_context(span)
         context = span.get_span_context()
         self.traceparent = f"00-{context.trace_id:032x}-{context.span_id:016x}-01"
+        if state := context.trace_state.to_header():
+            self.traceparent += f" {state}"
 
     def set(self, attributes: Attributes) -> None:
         self._span.set_attributes(attributes)

@@ -17,6 +17,7 @@ def check_all(settings: Settings) -> None:
     check_device(settings)
     check_model(settings)
     check_traces(settings)
+    check_api_keys(settings)
     if check_nats_port(settings):
         check_nats_users(settings)
     check_http_port(settings)
@@ -41,6 +42,14 @@ def check_model(settings: Settings) -> None:
     from common.model_config import ModelConfig  # needed by this check alone
 
     ModelConfig.load(settings.model, settings.weights)
+
+
+def check_api_keys(settings: Settings) -> None:
+    """What the gateway would find, said before anything starts."""
+    if settings.api_keys:
+        from services.gateway.keys import check_keys  # the one check that is a service's own, and imports little
+
+        check_keys(settings.api_keys)
 
 
 def nats_address(settings: Settings) -> tuple[str, int]:

@@ -1,14 +1,15 @@
 """Traces, where MOECULE_TRACES says so: one from a request's door through scheduler and worker to each shard.
 
 This is what actors know of them, and does nothing; common/otel.py does it with OpenTelemetry, which is imported only
-where traces are wanted. Between actors a span travels as the text of a W3C `traceparent`; empty: nothing is recorded.
+where traces are wanted. Between actors a span travels as the text of a W3C `traceparent`, with a space and the
+`tracestate` behind it where the client sent one; empty: nothing is recorded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -64,8 +65,9 @@ def entered(span: Span) -> Iterator[Span]:
 class Traces:
     """One actor's. None are made."""
 
-    def request(self, name: str, traceparent: str) -> contextlib.AbstractContextManager[Span]:
-        """A request that came from outside, in the trace of its `traceparent`, or in a new one if that is malformed."""
+    def request(self, name: str, header: Callable[[str], str]) -> contextlib.AbstractContextManager[Span]:
+        """A request that came from outside, in the trace of its `traceparent`, or in a new one if that is malformed.
+        `header`: the text of one of its headers by the name, empty if there is none."""
         return contextlib.nullcontext(NOT_RECORDED)
 
     def begin(self, name: str, traceparent: str) -> Span:

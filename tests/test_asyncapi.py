@@ -88,6 +88,18 @@ def test_an_example_is_a_request(name: str) -> None:
     assert type(body).__name__ == name and unknown == []
 
 
+@pytest.mark.parametrize("name", [kind.__name__ for kind in KINDS.values()])
+def test_a_request_may_name_its_callers_span(name: str) -> None:
+    headers = DOCUMENT["components"]["messages"][name]["headers"]
+    jsonschema.Draft202012Validator.check_schema(headers)
+    assert set(headers["properties"]) == {"traceparent", "tracestate"} and "required" not in headers
+    taken = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    for malformed in ("", taken[:-1], taken.upper(), f"{taken}-x", f"ff{taken[2:]}", taken.replace("a", "g")):
+        assert not jsonschema.Draft202012Validator(headers).is_valid({"traceparent": malformed})
+    jsonschema.validate({"traceparent": taken, "tracestate": "a=1"}, headers)
+    jsonschema.validate({"Authorization": "Bearer KEY"}, headers)
+
+
 def test_every_field_of_a_request_is_explained() -> None:
     for kind in KINDS.values():
         fields = DOCUMENT["components"]["schemas"][kind.__name__]["properties"]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import statistics
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import chain
 from random import Random
@@ -18,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nats.micro.service import ServiceInfo, ServicePing, ServiceStats
 
+from common import nats_bus
 from common.actor import running
+from common.bus import RawMessage
 from common.clock import FakeClock
 from common.errors import LONGEST_MESSAGE, Draining, InvalidRequest, Overloaded
 from common.nats_bus import NatsBus
@@ -228,6 +231,38 @@ async def test_whatever_breaks_the_caller_is_answered(
     assert (await (await other.ask(CHAT)).last())["type"] == "end"
 
 
+class Body(bytes):
+    """Bytes take no weak references; what is kept on them goes when they do."""
+
+    kept: set[str]
+
+
+@pytest.fixture
+def bodies(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[set[str]]]:
+    """Of the requests that came, as long as somebody holds them."""
+    bodies: list[weakref.ref[set[str]]] = []
+
+    def taken(subject: str, data: bytes, *rest: Any) -> RawMessage:
+        body = Body(data)
+        body.kept = set[str]()
+        if subject == GENERATE:
+            bodies.append(weakref.ref(body.kept))
+        return RawMessage(subject, body, *rest)
+
+    monkeypatch.setattr(nats_bus, "RawMessage", taken)
+    return bodies
+
+
+async def test_while_an_answer_comes_nothing_holds_the_bytes_that_asked_for_it(
+    front: Front, other: Service, bodies: list[weakref.ref[set[str]]]
+) -> None:
+    paused(front)
+    for body in (CHAT, TEXT, {"tokens": [5, 6, 7]}):
+        await (await other.ask(body)).until("tokens", count=2)
+    assert front.gateway.generator.active == 3
+    assert [body() for body in bodies] == [None] * 3
+
+
 # ---- cancelling, and callers that are gone
 
 
@@ -368,14 +403,18 @@ async def test_a_gateway_that_leaves_gives_the_requests_to_another(front: Front,
         front.worker.resume_sending()
 
 
-async def test_the_last_gateway_refuses_while_it_finishes(front: Front, other: Service) -> None:
+async def test_the_last_gateway_refuses_while_it_finishes(
+    front: Front, other: Service, bodies: list[weakref.ref[set[str]]]
+) -> None:
     paused(front)
     first = await other.ask(CHAT)
     await first.until("tokens")
     front.life.leave.set()
     await until(lambda: front.gateway.state == "draining")
-    error = await (await other.ask(CHAT)).error()
-    assert (error["code"], error["status"], error["retry_after"]) == ("draining", 503, 1)
+    for _ in range(3):
+        error = await (await other.ask(CHAT)).error()
+        assert (error["code"], error["status"], error["retry_after"]) == ("draining", 503, 1)
+    await until(lambda: [body() for body in bodies] == [None] * 4)
     front.worker.resume_sending()
     assert (await first.last())["type"] == "end"
 

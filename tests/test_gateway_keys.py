@@ -249,10 +249,13 @@ async def test_it_finishes_what_is_in_flight_and_takes_nothing_more(front: Front
     async with asyncio.timeout(5):
         while (ready := await front.http.get("/ready")).status_code == 200:
             await asyncio.sleep(0.001)
-    assert ready.status_code == 503 and (await front.http.get("/health")).status_code == 200
+    assert (await front.http.get("/health")).status_code == 200
     refused = await ask(front, ALICE)
-    error(refused, 503, "draining")
-    assert refused.headers["retry-after"] == "1"
+    for answer in (ready, refused):
+        assert error(answer, 503, "draining") == "the gateway is leaving"
+        assert answer.headers["retry-after"] == "1"
+    documented = (await front.http.get("/openapi.json")).json()["paths"]["/ready"]["get"]["responses"]["503"]
+    assert documented["description"] == "Code `no_worker` or `draining`." and "retry-after" in documented["headers"]
     error(await ask(front, "mk-nobody-0123456789"), 401, "invalid_api_key")
     front.worker.resume_sending()
     assert (await first).status_code == 200

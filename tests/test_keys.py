@@ -15,6 +15,8 @@ from structlog.testing import capture_logs
 from common.clock import FakeClock
 from common.errors import ConfigError, DeadlineExceeded, InvalidKey, InvalidRequest, RateLimited
 from common.messages import Sampling
+from common.preflight import check_api_keys
+from common.settings import Settings
 from services.gateway.keys import Keys, Malformed, bearer, parse
 from services.gateway.limits import Caller, Key
 from services.gateway.prepare import Job
@@ -67,6 +69,23 @@ def test_a_malformed_file_is_refused_without_repeating_it(text: str, sentence: s
     assert not any(secret in sentence for secret in (ALICE, OPS, "0123"))
 
 
+def test_many_keys_are_read_in_a_time_that_grows_no_faster_than_they_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+
+    class Counted(bytes):
+        __hash__ = bytes.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return bytes.__eq__(self, other)
+
+    monkeypatch.setattr("services.gateway.keys.digest_of", lambda secret: Counted(secret.encode()))
+    keys = parse("\n".join(f"name{i} mk-0123456789abc-{i}" for i in range(2000)))
+    assert [keys[0].name, keys[-1].name, len(keys)] == ["name0", "name1999", 2000]
+    assert compared < 100, "2 million, if each is compared to those before it"
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Iterator[Path]:
     file = tmp_path / "keys"
@@ -98,13 +117,25 @@ def read(path: object, clock: FakeClock | None = None) -> Keys:
 )
 def test_a_file_that_cannot_be_used_ends_the_start(path: Path, content: bytes, why: str) -> None:
     write(path, content)
-    with pytest.raises(ConfigError, match=f"MOECULE_API_KEYS: {path}: {why}"):
-        read(path)
+    for reader in (read, checked):
+        with pytest.raises(ConfigError, match=f"MOECULE_API_KEYS: {path}: {why}"):
+            reader(path)
+
+
+def checked(path: Path) -> None:
+    """As `python -m common.supervisor --check` does."""
+    check_api_keys(Settings(api_keys=str(path)))
 
 
 def test_a_file_that_is_not_there_ends_the_start(path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be read: No such file or directory"):
-        read(path.with_name("none"))
+    for reader in (read, checked):
+        with pytest.raises(ConfigError, match=f"{path}x: cannot be read: No such file or directory"):
+            reader(path.with_name("keysx"))
+
+
+def test_the_check_takes_a_good_file_and_none(path: Path) -> None:
+    checked(path)
+    check_api_keys(Settings())
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o604])

@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from html.parser import HTMLParser
 from typing import Any
 
@@ -18,6 +18,7 @@ from starlette.routing import Route
 from common.errors import BY_CODE, InvalidRequest
 from common.messages import Generate, Message, Ok, subject
 from common.settings import Settings
+from services.gateway import app
 from services.gateway.app import App
 from services.gateway.openapi import BODIES, OPERATIONS, Error, Operation, Served, document
 from services.gateway.parameters import FIELDS, meaning
@@ -66,8 +67,8 @@ def values(node: Any, key: str) -> Iterator[Any]:
 
 
 async def test_every_route_is_in_the_document_and_nothing_else(front: Front) -> None:
-    app: App = front.gateway.server.config.app._app
-    routes = [route for route in app._router.routes if isinstance(route, Route)]
+    whole: App = front.gateway.server.config.app._app
+    routes = [route for route in whole._router.routes if isinstance(route, Route)]
     there = {
         (re.sub(r"\{\w+:path\}", "{model}", route.path), method.lower())
         for route in routes
@@ -91,6 +92,34 @@ async def test_a_host_that_is_no_name_is_not_repeated(front: Front) -> None:
     for path in ("/docs", "/openapi.json"):
         answer = await front.http.get(path, headers={"host": 'x"><script>alert(1)</script>'})
         assert "alert" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json"])
+async def test_each_client_gets_the_address_it_used_and_none_costs_a_rendering(
+    front: Front, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    made = []
+
+    def counted(kind: str, make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return lambda of: (made.append(kind), make(of))[1]
+
+    for kind, make in (("document", app.document), ("docs_page", app.docs_page)):
+        monkeypatch.setattr(app, kind, counted(kind, make))
+    pages = set()
+    for i in range(200):
+        host = f"h{i}.example.com:8000"
+        page = (await front.http.get(path, headers={"host": host})).text
+        assert f"http://{host}/v1" in page and ".invalid" not in page
+        pages.add(page.replace(host, ""))
+    assert len(pages) == 1
+    assert made == ["document", "docs_page"]
+
+
+async def test_an_address_that_is_too_long_is_not_repeated(front: Front) -> None:
+    longest = "h" * 254 + ":65535"
+    assert longest in (await front.http.get("/openapi.json", headers={"host": longest})).text
+    answer = await front.http.get("/openapi.json", headers={"host": longest + "0"})
+    assert answer.json()["servers"] == [{"url": str(front.http.base_url).rstrip("/")}]
 
 
 def test_what_it_refers_to_is_there() -> None:

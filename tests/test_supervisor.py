@@ -215,6 +215,11 @@ def test_a_signal_during_back_off_ends_it(family: Family):
             "ws://localhost:8080",
             "MOECULE_NATS_URL is 'ws://localhost:8080': use nats://HOST:PORT, or tls://HOST:PORT for a server with TLS",
         ),
+        (
+            "MOECULE_API_KEYS",
+            "no/such",
+            "MOECULE_API_KEYS: no/such: cannot be read: No such file or directory",
+        ),
         ("MOECULE_HOST", "192.0.2.1", "MOECULE_HOST is '192.0.2.1': that is no address of this machine"),
         (
             "MOECULE_DEVICE",

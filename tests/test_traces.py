@@ -21,13 +21,17 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from benchmarks.cluster import Cluster, cluster, free_ports
 from common.messages import Generate, Message, Sampling, Watch
+from common.nats_bus import NatsBus
 from common.settings import Settings
 from common.tracing import NOT_RECORDED, Traces, current, open_traces
 from services.expert_shard.metrics import ShardCounts
 from services.expert_shard.watch import MOST, Watches
+from services.gateway import door
 from services.gpu_worker.engine import RequestTimes
 from services.gpu_worker.spans import RequestSpans
+from tests.api_front import Front, make_front
 from tests.conftest import REPO
+from tests.outside import GENERATE, Inbox, service
 
 OURS = 0.005  # seconds that clocks read in two places of one machine may differ by
 HOP = 0.25  # what a message may take on two busy cores
@@ -55,6 +59,7 @@ class Got(NamedTuple):
     ended: float
     attributes: dict[str, Any]
     status: int  # 0 unset, 2 error
+    state: str
 
 
 def value(any_value: Any) -> Any:
@@ -99,7 +104,7 @@ class Collector:
                 Got(
                     span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex(), span.name, service, actor,
                     span.start_time_unix_nano / 1e9, span.end_time_unix_nano / 1e9, attributes(span.attributes),
-                    span.status.code,
+                    span.status.code, span.trace_state,
                 )
                 for scope_spans in resource_spans.scope_spans
                 for span in scope_spans.spans
@@ -137,9 +142,18 @@ def new_trace() -> str:
     return f"{next(_traces):032x}"
 
 
+STATE = "congo=t61rcWkgMzE,rojo=00f067aa0ba902b7"
+
+
+def sent(traceparent: str, tracestate: str = "") -> Callable[[str], str]:
+    """What came with a request, by name."""
+    return {"traceparent": traceparent, "tracestate": tracestate}.__getitem__
+
+
 def ask(running: Cluster, traceparent: str = "", key: str = "none", **fields: Any) -> httpx.Response:
     body = {"model": "tiny", "prompt": "Once upon a time", "max_tokens": 20, "ignore_eos": True} | fields
-    headers = {"authorization": f"Bearer {key}"} | ({"traceparent": traceparent} if traceparent else {})
+    headers = {"authorization": f"Bearer {key}"}
+    headers |= {"traceparent": traceparent, "tracestate": STATE} if traceparent else {}
     return httpx.post(f"{running.url}/v1/completions", json=body, headers=headers, timeout=60)
 
 
@@ -193,7 +207,7 @@ def test_one_trace_from_the_door_to_each_shard(traced: Cluster, collector: Colle
     assert generate.attributes.pop("moecule.map_version") >= 1
     assert generate.attributes == {"moecule.preemptions": 0, "moecule.cached_tokens": 0} | tokens | end
     assert choose.attributes == {"moecule.worker": generate.actor, "moecule.workers": 1}
-    assert {span.status for span in spans} == {0}
+    assert {(span.status, span.state) for span in spans} == {(0, STATE)}
 
 
 @pytest.mark.cluster
@@ -342,7 +356,7 @@ def generate_in(trace: str) -> Generate:
 
 async def test_what_a_request_that_was_not_sampled_does_is_not_recorded(traces: Traces, collector: Collector):
     trace = new_trace()
-    with traces.request("door", f"00-{trace}-00000000000000aa-00") as span:
+    with traces.request("door", sent(f"00-{trace}-00000000000000aa-00")) as span:
         assert span is current() is NOT_RECORDED
         with current().child("assign") as child:
             assert child.traceparent == ""
@@ -357,7 +371,7 @@ async def test_a_span_is_that_of_its_block_and_of_the_tasks_made_there(traces: T
     async def in_a_task() -> str:
         return current().traceparent
 
-    with traces.request("door", f"00-{trace}-00000000000000aa-01") as door:
+    with traces.request("door", sent(f"00-{trace}-00000000000000aa-01")) as door:
         assert await asyncio.create_task(in_a_task()) == door.traceparent
         with pytest.raises(ZeroDivisionError), current().child("inner") as inner:
             assert current() is inner
@@ -371,15 +385,120 @@ async def test_a_span_is_that_of_its_block_and_of_the_tasks_made_there(traces: T
     ]
 
 
+LONG = f"a={'x' * 253},b={'y' * 254}"  # 512 characters
+
+
+@pytest.mark.parametrize(
+    ("tracestate", "kept"),
+    [(STATE, STATE), ("a=1 , b=2", "a=1,b=2"), (LONG, LONG), (f"{LONG}y", ""), ("", ""), ("\xff", ""), ("no list", "")],
+    ids=["two", "spaces", "long", "too long", "none", "no text", "malformed"],
+)
+async def test_the_callers_state_is_on_every_span(traces: Traces, collector: Collector, tracestate: str, kept: str):
+    trace = new_trace()
+    with traces.request("door", sent(f"00-{trace}-00000000000000aa-01", tracestate)) as door:
+        with door.child("assign"):
+            pass
+        told = door.traceparent  # to the worker, which tells the shards
+        worker = traces.begin("generate", told)
+        shard = traces.begin("experts", worker.traceparent)
+        worker.phase("queue", time.perf_counter(), time.perf_counter())
+        shard.end()
+        worker.end()
+    until(lambda: len(collector.of(trace)) == 5)
+    assert {span.state for span in collector.of(trace)} == {kept}
+    assert one_named(collector.of(trace), "experts").parent == one_named(collector.of(trace), "generate").id
+
+
+def test_without_traces_no_header_is_looked_up():
+    with Traces().request("door", {}.__getitem__) as span:
+        assert span is NOT_RECORDED
+
+
+# ---- what is refused at a door
+
+KEY = "mk-0123456789abcdef"
+
+
+@pytest.fixture
+async def front(nats_url: str, collector: Collector, tmp_path: Path) -> AsyncIterator[Front]:
+    keys = tmp_path / "keys"
+    keys.write_text(f"alice {KEY}\n")
+    keys.chmod(0o600)
+    settings = Settings(port=0, drain_seconds=0.3, api_keys=str(keys), traces=collector.url)
+    async for one in make_front(settings, new_bus=lambda: NatsBus(nats_url, "test")):
+        yield one
+
+
+REFUSALS = {
+    "invalid_api_key": ({"authorization": "Bearer mk-nobody-0123456789"}, ""),
+    "draining": ({}, "the gateway is leaving"),
+    "invalid_request": ({"x-request-deadline-ms": "soon"}, ""),
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("code", REFUSALS)
+async def test_a_request_that_is_refused_at_once_has_a_span(front: Front, collector: Collector, path: str, code: str):
+    trace, (headers, front.gateway.generator.refusal) = new_trace(), REFUSALS[code]
+    headers = {"authorization": f"Bearer {KEY}", "traceparent": f"00-{trace}-00000000000000aa-01"} | headers
+    answer = await front.http.post(path, json={"model": "tiny"}, headers=headers)
+    assert answer.json()["error"]["code"] == code
+    until(lambda: bool(collector.of(trace)))
+    (span,) = collector.of(trace)
+    assert (span.name, span.parent, span.attributes) == (f"POST {path}", "00000000000000aa", {"error.type": code})
+    assert span.status == (2 if code == "draining" else 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "key", "refusal", "most"),
+    [("invalid_api_key", "nobody", "", 9), ("draining", KEY, "the gateway is leaving", 9), ("overloaded", KEY, "", 0)],
+)
+async def test_so_has_one_over_nats(
+    front: Front, nats_url: str, collector: Collector, monkeypatch: pytest.MonkeyPatch,
+    code: str, key: str, refusal: str, most: int,
+):  # fmt: skip
+    monkeypatch.setattr(door, "MOST_CALLERS", most)
+    trace, front.gateway.generator.refusal = new_trace(), refusal
+    headers = {"Authorization": f"Bearer {key}", "Traceparent": f"00-{trace}-00000000000000aa-01", "tracestate": STATE}
+    async with service(nats_url) as other:
+        inbox = Inbox(other.client.new_inbox())
+        await other.client.subscribe(inbox.subject, cb=inbox.take)
+        await other.client.publish(GENERATE, b"{}", reply=inbox.subject, headers=headers)
+        assert (await inbox.error())["code"] == code
+    until(lambda: bool(collector.of(trace)))
+    (span,) = collector.of(trace)
+    assert (span.name, span.parent, span.state) == (GENERATE, "00000000000000aa", STATE)
+    assert span.attributes == {"error.type": code}
+
+
+async def test_what_is_no_request_to_generate_has_none(front: Front, collector: Collector):
+    unwanted, wanted = new_trace(), new_trace()
+
+    async def send(method: str, path: str, trace: str) -> int:
+        headers = {"authorization": f"Bearer {KEY}", "traceparent": f"00-{trace}-00000000000000aa-01"}
+        body = {"model": "tiny", "prompt": "x"}
+        return (await front.http.request(method, path, json=body, headers=headers)).status_code
+
+    for method, path, status in (
+        ("PUT", "/v1/completions", 405),
+        ("POST", "/v1/nothing", 404),
+        ("POST", "/tokenize", 200),
+    ):
+        assert await send(method, path, unwanted) == status
+    assert await send("POST", "/v1/completions", wanted) == 200
+    until(lambda: "POST /v1/completions" in collector.names(wanted))
+    assert collector.of(unwanted) == []
+
+
 async def test_a_share_of_the_requests_that_come_without_a_span(collector: Collector):
     some = open_traces(Settings(traces=collector.url, traces_ratio=0.25), "test", "me", structlog.get_logger())
     recorded = 0
     for _ in range(400):
-        with some.request("door", "") as span:
+        with some.request("door", sent("")) as span:
             recorded += bool(span.traceparent)
     assert 50 < recorded < 150
     wanted = f"00-{new_trace()}-00000000000000aa-01"
-    with some.request("door", wanted) as span:
+    with some.request("door", sent(wanted)) as span:
         assert span.traceparent
     await some.close()
 

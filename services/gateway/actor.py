@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from common.actor import Actor
-from common.errors import Draining
+from common.errors import Draining, MoeculeError, NoWorker
 from common.messages import GatewayBeat, Message, WorkerBeat
 from common.model_config import ModelConfig
 from common.telemetry import render
@@ -29,6 +29,7 @@ from services.gateway.streams import Streams
 from services.gateway.tokenizer import Tokenizer
 
 TELL_SECONDS = 0.1  # for the answers that say we leave
+LEAVING = "the gateway is leaving"
 
 
 class Gateway(Actor):
@@ -64,7 +65,7 @@ class Gateway(Actor):
             self.generator,
             self.keys,
             metrics,
-            self._why_not_ready,
+            self._not_ready,
             self._metrics_text,
             self._forget_pages,
             page_routes(self.cluster),
@@ -99,10 +100,10 @@ class Gateway(Actor):
         return GatewayBeat(id=self.id, boot_id=self.boot_id, state=self.state)
 
     async def drain(self) -> None:
-        self.generator.refusal = Draining("the gateway is leaving")
+        self.generator.refusal = LEAVING
         await self.door.leave()
         await self._until_idle(self.settings.drain_seconds)
-        self.streams.fail_all(Draining("the gateway is leaving"))
+        self.streams.fail_all(Draining(LEAVING))
         await self._until_idle(TELL_SECONDS)
         await self.door.close()
         await self.server.finish()
@@ -139,8 +140,15 @@ class Gateway(Actor):
         elif isinstance(message, GatewayBeat):
             self.door.take_beat(message)
 
+    def _not_ready(self) -> MoeculeError | None:
+        if self.state == "draining":
+            return Draining(LEAVING)
+        why = self.peers.why_not_ready()
+        return NoWorker(why) if why else None
+
     def _why_not_ready(self) -> str:
-        return "the gateway is leaving" if self.state == "draining" else self.peers.why_not_ready()
+        error = self._not_ready()
+        return error.message if error else ""
 
     async def _metrics_text(self) -> str:
         return await everyones_metrics(self.bus, self.peers.live(), (self.id, render(self.metrics).text))

@@ -24,9 +24,9 @@ from common.errors import (
     MoeculeError,
     NotAllowed,
     NotFound,
-    NoWorker,
     RequestCancelled,
 )
+from common.tracing import NOT_RECORDED, Span
 from services.gateway.cache import Forgotten
 from services.gateway.docs_page import docs_page
 from services.gateway.generate import Endpoint, Generator, send_json
@@ -38,9 +38,12 @@ from services.gateway.responses import error_body
 from services.gateway.responses_api import ResponsesEndpoint
 from services.gateway.tokenize import Counter, DetokenizeBody, TokenizeBody
 
+HOST = re.compile(r"[A-Za-z0-9.:\[\]-]{1,260}")  # DNS names have 253 characters at most, a port 5
+ADDRESS = f"http://{secrets.token_hex(16)}.invalid"  # that no document holds otherwise
+
 
 class App:
-    """`why_not_ready`: a sentence, empty when a worker can serve. `metrics_text`: the page of /metrics. `forget_pages`:
+    """`not_ready`: why no worker can serve, None when one can. `metrics_text`: the page of /metrics. `forget_pages`:
     empties the workers' prefix caches. `page`: the routes of the page at / and of its data. `asyncapi`: the document of
     the NATS door."""
 
@@ -49,7 +52,7 @@ class App:
         generator: Generator,
         keys: Keys,
         metrics: GatewayMetrics,
-        why_not_ready: Callable[[], str],
+        not_ready: Callable[[], MoeculeError | None],
         metrics_text: Callable[[], Awaitable[str]],
         forget_pages: Callable[[], Awaitable[Forgotten]],
         page: Sequence[Route],
@@ -57,12 +60,13 @@ class App:
         log: Any,
         asyncapi: bytes,
     ) -> None:
+        self._traces = generator.traces
         self._preparer = generator.preparer
         self._read_body = generator.read_body
         self._counter = Counter(generator.preparer)
         self._keys = keys
         self._metrics = metrics
-        self._why_not_ready = why_not_ready
+        self._not_ready = not_ready
         self._metrics_text = metrics_text
         self._forget_pages = forget_pages
         self._created = created
@@ -87,18 +91,22 @@ class App:
                 *page,
             ]
         )
-        self._paths = {route.path for route in self._router.routes if isinstance(route, Route)}
+        routes = [route for route in self._router.routes if isinstance(route, Route)]
+        self._paths = {route.path for route in routes}
+        self._traced = {route.path for route in routes if isinstance(route.endpoint, Endpoint)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._router(scope, receive, send)
             return
+        scope["moecule.headers"] = dict(scope["headers"])
         answer = _Tagged(send, _request_id(scope))
         scope["moecule.request_id"] = answer.request_id
         scope["app"] = self  # makes the router raise its 404 and 405 instead of answering in plain text
         try:
-            self._check_key(scope)
-            await self._router(scope, receive, answer)
+            with self._span(scope):
+                self._check_key(scope)
+                await self._router(scope, receive, answer)
         except HTTPException as error:
             await self._fail(answer, _as_ours(error, scope), scope, error.headers or {})
         except MoeculeError as error:
@@ -110,6 +118,17 @@ class App:
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.answered(path, answer.status)
+
+    def _span(self, scope: Scope) -> contextlib.AbstractContextManager[Span]:
+        """Of a request to generate, also of one that is refused at once."""
+        if scope["method"] != "POST" or scope["path"] not in self._traced:
+            return contextlib.nullcontext(NOT_RECORDED)
+
+        def header(name: str) -> str:
+            value: bytes = scope["moecule.headers"].get(name.encode(), b"")
+            return value.decode("latin-1")
+
+        return self._traces.request(f"POST {scope['path']}", header)
 
     def _check_key(self, scope: Scope) -> None:
         """Raises InvalidKey or NotAllowed. Endpoints find whoever asks in the scope."""
@@ -172,8 +191,8 @@ class App:
         return _json(Status("alive"))
 
     async def _ready(self, _: Request) -> Response:
-        if why := self._why_not_ready():
-            raise NoWorker(why)
+        if error := self._not_ready():
+            raise error
         return _json(Status("ready"))
 
     async def _metrics_page(self, _: Request) -> Response:
@@ -181,16 +200,21 @@ class App:
         return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _openapi(self, request: Request) -> Response:
-        return Response(_pages(self._served(request))[0], media_type="application/json")
+        return Response(_at_its_address(self._documents[0], request), media_type="application/json")
 
     async def _asyncapi(self, _: Request) -> Response:
         return Response(self._asyncapi_page, media_type="application/json")
 
     async def _docs(self, request: Request) -> Response:
-        return Response(_pages(self._served(request))[1], media_type="text/html")
+        return Response(_at_its_address(self._documents[1], request), media_type="text/html")
 
-    def _served(self, request: Request) -> Served:
-        return Served(_base_url(request), self._preparer.name, self._preparer.config.vocab, self._keys.wanted)
+    @functools.cached_property
+    def _documents(self) -> tuple[bytes, bytes]:
+        """The OpenAPI document and the page of docs, made once: that takes long, and each client has its own address
+        for us. ADDRESS stands for it."""
+        preparer = self._preparer
+        found = document(Served(ADDRESS, preparer.name, preparer.config.vocab, self._keys.wanted))
+        return msgspec.json.encode(found), docs_page(found).encode()
 
 
 class _Tagged:
@@ -212,7 +236,7 @@ class _Tagged:
 
 def _request_id(scope: Scope) -> str:
     """The client's own, if it is a plain word."""
-    theirs = dict(scope["headers"]).get(b"x-request-id", b"")
+    theirs = scope["moecule.headers"].get(b"x-request-id", b"")
     return theirs.decode() if re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", theirs) else secrets.token_hex(12)
 
 
@@ -230,19 +254,13 @@ def _retry_headers(error: MoeculeError) -> list[tuple[bytes, bytes]]:
     return [(b"retry-after", str(error.retry_after).encode())]
 
 
-@functools.lru_cache(maxsize=8)
-def _pages(served: Served) -> tuple[bytes, bytes]:
-    """The OpenAPI document and the page of docs, made once for each address that the gateway is reached at."""
-    found = document(served)
-    return msgspec.json.encode(found), docs_page(found).encode()
-
-
-def _base_url(request: Request) -> str:
-    """Where the client reached us, for examples that it can run as they are."""
+def _at_its_address(page: bytes, request: Request) -> bytes:
+    """With the address where the client reached us, for examples that it can run as they are. Neither JSON nor HTML
+    has a form of its own for what a host's name is made of."""
     host = request.headers.get("host", "")
-    if not re.fullmatch(r"[A-Za-z0-9.:\[\]-]+", host):
+    if not HOST.fullmatch(host):
         host = "{}:{}".format(*request.scope["server"])
-    return f"http://{host}"
+    return page.replace(ADDRESS.encode(), f"http://{host}".encode())
 
 
 def _json(value: Any) -> Response:

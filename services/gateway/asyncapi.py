@@ -178,6 +178,18 @@ _ERROR_HEADERS = {
     "properties": {ERROR_HEADER: {"type": "string"}, CODE_HEADER: {"type": "string"}},
     "required": [ERROR_HEADER, CODE_HEADER],
 }
+_REQUEST_HEADERS = {
+    "type": "object",
+    "properties": {
+        "traceparent": {
+            "type": "string",
+            "pattern": "^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$",
+            "description": "The caller's span, as W3C writes it: where the server makes traces, the request belongs to "
+            "that span's. A malformed one is ignored.",
+        },
+        "tracestate": {"type": "string", "description": "W3C's, which belongs to it."},
+    },
+}
 _KINDS = (*KINDS.values(), *ANSWERS, Cancelled, ModelList)
 _BATCHES = "Answers come in batches as the output comes, and the last has the usage: "
 MEANINGS = {
@@ -190,6 +202,8 @@ MEANINGS = {
 
 def _messages(broker: Broker) -> dict[str, Any]:
     messages: dict[str, Any] = {kind.__name__: _message(kind.__name__, broker) for kind in _KINDS}
+    for kind in KINDS.values():
+        messages[kind.__name__]["headers"] = _REQUEST_HEADERS
     messages["Refused"]["headers"] = _ERROR_HEADERS
     messages["Anything"] = {"name": "Anything", "payload": {}}
     return messages

@@ -30,7 +30,7 @@ class Cors:
         self._origins = frozenset(origin.encode() for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asked = dict(scope["headers"]) if scope["type"] == "http" else {}
+        asked = dict(scope["headers"]) if self._origins and scope["type"] == "http" else {}
         allowed = self._allowed(asked.get(b"origin", b""))
         if not allowed:
             await self._app(scope, receive, send)

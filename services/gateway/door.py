@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -245,10 +246,13 @@ class Door:
         caller = Caller(self._line, message.reply_to, self._gateway_id)
         self._callers[caller.request_id] = caller
         try:
-            if len(self._callers) > MOST_CALLERS:
-                raise Overloaded(f"this gateway has {MOST_CALLERS} requests over NATS already")
-            with self._generator.taking(self._keys.caller(shown(message)), GENERATE, traceparent_of(message)) as permit:
-                await self._follow(message, caller, permit)
+            with self._generator.traces.request(GENERATE, partial(header_of, message.headers)):
+                if len(self._callers) > MOST_CALLERS:
+                    raise Overloaded(f"this gateway has {MOST_CALLERS} requests over NATS already")
+                with self._generator.taking(self._keys.caller(shown(message))) as permit:
+                    body = self._read(message)
+                    del message  # of up to 8 MB, which nobody else holds by now
+                    await self._follow(body, caller, permit)
             self._generate.answered(self._clock.now() - began)
         except MoeculeError as error:
             await self._fail(caller, error)
@@ -273,12 +277,17 @@ class Door:
         except MoeculeError as lost:
             self._log.warning("an error was not sent", request=caller.request_id, why=lost.message)
 
-    async def _follow(self, message: RawMessage, caller: Caller, permit: Permit) -> None:
-        generator = self._generator
-        if len(message.data) > generator.body_limit:
-            raise BodyTooLarge(f"the body is larger than the limit of {generator.body_limit} bytes")
+    def _read(self, message: RawMessage) -> AnyBody:
+        """Raises BodyTooLarge or InvalidRequest."""
+        limit = self._generator.body_limit
+        if len(message.data) > limit:
+            raise BodyTooLarge(f"the body is larger than the limit of {limit} bytes")
         body, unknown = read_request(message.data)
-        generator.warn_unknown(unknown)
+        self._generator.warn_unknown(unknown)
+        return body
+
+    async def _follow(self, body: AnyBody, caller: Caller, permit: Permit) -> None:
+        generator = self._generator
         with blaming_field(body):
             plan = await generator.plan(msgspec.structs.replace(body, return_token_ids=True), permit)
         await caller.tell(Accepted, cancel=caller.cancel_subject)
@@ -310,9 +319,9 @@ def shown(message: RawMessage) -> str | None:
     return bearer((name.lower().encode(), value.encode()) for name, value in message.headers.items())
 
 
-def traceparent_of(message: RawMessage) -> str:
-    """W3C's, in HTTP's header; empty: there is none."""
-    return next((text for name, text in message.headers.items() if name.lower() == "traceparent"), "")
+def header_of(headers: Mapping[str, str], name: str) -> str:
+    """By its name in lower case; empty: there is none."""
+    return next((text for one, text in headers.items() if one.lower() == name), "")
 
 
 class _Batches:

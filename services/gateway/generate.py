@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from common.actor import first_leaf
 from common.clock import Clock, within
-from common.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MoeculeError, RequestCancelled
+from common.errors import BodyTimeout, BodyTooLarge, Draining, InvalidRequest, MoeculeError, RequestCancelled
 from common.tracing import Attributes, Traces, current
 from services.gateway.bodies import decode_body
 from services.gateway.limits import Caller, Permit
@@ -55,29 +55,29 @@ class Generator:
         self.body_limit = body_limit
         self.receive_seconds = receive_seconds
         self.active = 0  # requests whose answer is not complete
-        self.refusal: MoeculeError | None = None  # why nothing new is taken
+        self.refusal = ""  # why nothing new is taken
         self._streams = streams
         self.metrics = metrics
         self._clock = clock
         self._log = log
-        self._traces = traces
+        self.traces = traces
         self._warned: set[str] = set()
 
     @contextlib.contextmanager
-    def taking(self, caller: Caller, name: str, traceparent: str, timeout: float | None = None) -> Iterator[Permit]:
-        """A request, until its answer is complete, by whichever door it came. Raises why none is taken. `name` and
-        `traceparent` are for its span, in which all of the block happens."""
+    def taking(self, caller: Caller, timeout: float | None = None) -> Iterator[Permit]:
+        """A request, until its answer is complete, by whichever door it came. Raises why none is taken. Its span is the
+        current one: the door began it, for whatever it refuses itself belongs there, too."""
         if self.refusal:
-            raise self.refusal
+            raise Draining(self.refusal)
         self.active += 1
         self.metrics.running.set(self.active)
         try:
-            with self._traces.request(name, traceparent) as span:
-                span.set({"gen_ai.request.model": self.preparer.name})
-                if caller.key.name:
-                    span.set({"moecule.key": caller.key.name})
-                with caller.request(timeout) as permit:
-                    yield permit
+            span = current()
+            span.set({"gen_ai.request.model": self.preparer.name})
+            if caller.key.name:
+                span.set({"moecule.key": caller.key.name})
+            with caller.request(timeout) as permit:
+                yield permit
         except MoeculeError as error:
             self.metrics.failed(error.code)
             raise
@@ -171,8 +171,7 @@ class Endpoint(Generic[Body]):
         self._kind: type[Body] = kind
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        name, traceparent = f"POST {scope['path']}", dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
-        with self._generator.taking(scope["moecule.caller"], name, traceparent, timeout_of(scope)) as permit:
+        with self._generator.taking(scope["moecule.caller"], timeout_of(scope)) as permit:
             await self.answer(permit, scope, receive, send)
 
     async def answer(self, permit: Permit, scope: Scope, receive: Receive, send: Send) -> None:
@@ -259,7 +258,7 @@ def _attributes(jobs: list[Job], outputs: list[Output]) -> Attributes:
 
 def timeout_of(scope: Scope) -> float | None:
     """Seconds that the header x-request-deadline-ms gives a request. Raises InvalidRequest."""
-    text = dict(scope["headers"]).get(b"x-request-deadline-ms")
+    text = scope["moecule.headers"].get(b"x-request-deadline-ms")
     if text is None:
         return None
     if not (text.isdigit() and len(text) < 10 and 1 <= int(text) <= MOST_MILLISECONDS):
@@ -269,7 +268,7 @@ def timeout_of(scope: Scope) -> float | None:
 
 async def read_all(scope: Scope, receive: Receive, limit: int) -> bytes:
     """The request's body. Raises BodyTooLarge, or RequestCancelled when the client leaves meanwhile."""
-    announced = dict(scope["headers"]).get(b"content-length", b"0")
+    announced = scope["moecule.headers"].get(b"content-length", b"0")
     if not announced.isdigit():
         raise InvalidRequest("the content-length header is not a number")
     body, size, more = bytearray(), int(announced), True

@@ -14,12 +14,13 @@ its requests have, and the lowest number (the earliest turn) they may ask for; `
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,25 +48,54 @@ class Malformed(Exception):
     """What is wrong with a line. It never repeats what the line says, which may be a key."""
 
 
+def check_keys(path: str) -> None:
+    """Raises ConfigError if Keys would."""
+    with _needed(path):
+        keys_in(contents(path)[1])
+
+
+@contextlib.contextmanager
+def _needed(path: str) -> Iterator[None]:
+    """There is no start without it."""
+    try:
+        yield
+    except (OSError, ValueError, Malformed) as error:
+        raise ConfigError(f"MOECULE_API_KEYS: {path}: {_why(error)}") from None
+
+
+def contents(path: str) -> tuple[os.stat_result, bytes]:
+    """The file as it was when the reading began, and no more of it than shows that it is too large. Raises OSError."""
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()), file.read(MOST_BYTES + 1)
+
+
+def keys_in(data: bytes) -> tuple[Key, ...]:
+    """Raises Malformed or UnicodeDecodeError."""
+    if len(data) > MOST_BYTES:
+        raise Malformed(f"it is larger than {MOST_BYTES} bytes")
+    return parse(data.decode())
+
+
 def parse(text: str) -> tuple[Key, ...]:
     """Raises Malformed."""
-    keys: list[Key] = []
+    keys: dict[str, Key] = {}
+    names: dict[bytes, str] = {}  # by digest
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
         try:
             key = _parse_line(words)
-            if any(other.name == key.name for other in keys):
+            if key.name in keys:
                 raise Malformed(f"the name {key.name!r} is there twice: give each key its own")
-            if same := [other.name for other in keys if other.digest == key.digest]:
-                raise Malformed(f"the key is the one of {same[0]!r}: make another for {key.name!r}")
+            if key.digest in names:
+                raise Malformed(f"the key is the one of {names[key.digest]!r}: make another for {key.name!r}")
         except Malformed as error:
             raise Malformed(f"line {number}: {error}") from None
-        keys.append(key)
+        keys[key.name], names[key.digest] = key, key.name
     if not keys:
         raise Malformed("there is no key in it: write a line `name key`, or unset MOECULE_API_KEYS to ask for none")
-    return tuple(keys)
+    return tuple(keys.values())
 
 
 def _parse_line(words: list[str]) -> Key:
@@ -137,10 +167,8 @@ class Keys:
         self._callers: dict[str, Caller] = {}
         self._state: _State | None = None
         if path:
-            try:
+            with _needed(path):
                 self._read()
-            except (OSError, ValueError, Malformed) as error:
-                raise ConfigError(f"MOECULE_API_KEYS: {path}: {_why(error)}") from None
 
     @property
     def wanted(self) -> bool:
@@ -184,13 +212,9 @@ class Keys:
 
     def _read(self) -> None:
         """What is in flight under a name goes on counting; a key that is gone is refused from now on."""
-        with open(self._path, "rb") as file:
-            found = os.fstat(file.fileno())
-            data = file.read(MOST_BYTES + 1)
+        found, data = contents(self._path)
         self._state = _State.of(found)  # what cannot be opened or read now is tried again
-        if len(data) > MOST_BYTES:
-            raise Malformed(f"it is larger than {MOST_BYTES} bytes")
-        keys = parse(data.decode())
+        keys = keys_in(data)
         if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             self._log.warning("others can read the file of the API keys: chmod 600 it", path=self._path)
         callers = {}

@@ -172,7 +172,7 @@ OPERATIONS = (
     Operation("get", "/health", "Operate", "Whether the gateway is alive", answer="Status"),
     Operation(
         "get", "/ready", "Operate", "Whether a worker can serve", "The error says why not.",
-        answer="Status", errors=(NoWorker,),
+        answer="Status", errors=(NoWorker, Draining),
     ),
     Operation("get", "/metrics", "Operate", "Every actor's metrics, for Prometheus", media="text/plain"),
     Operation("get", "/openapi.json", "Operate", "This document"),
