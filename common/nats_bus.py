@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -42,13 +41,15 @@ T = TypeVar("T")
 
 
 async def kept_cancellable(call: Coroutine[Any, Any, T]) -> T:
-    """nats-py waits with `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that meets the reply."""
+    """nats-py waits with `asyncio.wait_for`, which before Python 3.12 forgets a cancellation that meets the reply; and
+    in some places it takes one for a time-out."""
     task = asyncio.current_task()
     asked = task.cancelling() if task else 0
-    result = await call
-    if task and task.cancelling() > asked:
-        raise asyncio.CancelledError
-    return result
+    try:
+        return await call
+    finally:
+        if task and task.cancelling() > asked:
+            raise asyncio.CancelledError
 
 
 class NoTls(nats.errors.Error):
@@ -285,10 +286,12 @@ class NatsBus:
             self._client.drop_pending()
         self._leaving, self._since = True, None
         if self._begun:
-            # The connection broke just now, or never was: asyncio may wait for good for one whose TLS failed.
-            with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(CLOSE_SECONDS):
-                    await self._client.close()
+            # The connection broke just now, or never was: asyncio may wait for good for one whose TLS failed. And
+            # nats-py may forget the cancellation, so that nobody waits for it.
+            closing = asyncio.create_task(self._client.close())
+            await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+            if not closing.cancel() and (error := closing.exception()):
+                self.log.debug("the connection was not closed in order", why=repr(error))
 
     # ---- messages
 

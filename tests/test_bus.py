@@ -7,6 +7,7 @@ import contextlib
 import signal
 import time
 
+import nats.errors
 import pytest
 
 from common.bus import Bus, Conflict, RawMessage
@@ -21,7 +22,7 @@ from common.errors import (
 )
 from common.memory_bus import MemoryBus, matches
 from common.messages import Abort, GetMap, GetPages, Message, Metrics, Ok, Resume
-from common.nats_bus import STALLED_SECONDS, NatsBus, kept_cancellable
+from common.nats_bus import CLOSE_SECONDS, STALLED_SECONDS, NatsBus, kept_cancellable
 from tests.conftest import BusMaker, NatsServer, Outage
 from tests.outside import say
 
@@ -620,10 +621,13 @@ async def test_silence_proves_nothing_while_the_server_stands_still(nats_server:
         await bus.close()
 
 
-async def test_a_cancellation_that_meets_the_reply_is_not_forgotten():
+@pytest.mark.parametrize("ending", ["the reply", "an error"])
+async def test_a_cancellation_is_not_forgotten(ending: str):
     async def forgetful() -> str:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(10)
+        if ending == "an error":
+            raise nats.errors.FlushTimeoutError
         return "reply"
 
     task = asyncio.create_task(kept_cancellable(forgetful()))
@@ -631,3 +635,24 @@ async def test_a_cancellation_that_meets_the_reply_is_not_forgotten():
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_close_that_never_ends_is_not_waited_for(nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch):
+    bus, let_go = NatsBus(nats_server.url, "a"), asyncio.Event()
+    await bus.connect()
+    close = bus._client.close
+
+    async def for_ever() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(1000)
+        await let_go.wait()  # the cancellation was lost
+        await close()
+        let_go.clear()
+
+    monkeypatch.setattr(bus._client, "close", for_ever)
+    async with asyncio.timeout(CLOSE_SECONDS + 5):
+        await bus.close()
+    let_go.set()
+    async with asyncio.timeout(5):
+        while let_go.is_set():
+            await asyncio.sleep(0.01)
