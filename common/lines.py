@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -31,6 +32,8 @@ LISTEN, ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
 
 
 class ActorLine:
+    signals: frozenset[signal.Signals] = frozenset()
+
     def __init__(self, module: str) -> None:
         self.name = module
         self._settings: Settings | None = None
@@ -63,7 +66,8 @@ class ActorLine:
         return True
 
     def ends_start(self, code: int, lives: int) -> bool:
-        return code == EXIT_CONFIG or (code == EXIT_UNAVAILABLE and lives == 1)
+        """Later a file may be malformed, or NATS refuse a password, for as long as it takes to mend that."""
+        return code in (EXIT_CONFIG, EXIT_UNAVAILABLE) and lives == 1
 
     def close(self) -> None:
         pass
@@ -71,6 +75,7 @@ class ActorLine:
 
 class NatsLine:
     name = "nats-server"
+    signals = frozenset({signal.SIGHUP})  # it reads its configuration again
 
     def __init__(self) -> None:
         self._address = ("", 0)
@@ -78,6 +83,7 @@ class NatsLine:
         self._local = True
         self._store: str | None = None
         self._came_up = False
+        self._up = False  # in this life
         self._patience = 0.0  # seconds
 
     def check(self) -> None:
@@ -97,13 +103,14 @@ class NatsLine:
             print(f"moecule: NATS is expected at {host}:{port}; none is started here", file=sys.stderr, flush=True)
             return []
         self.close()
-        self._store = tempfile.mkdtemp(prefix="moecule-nats-")
+        self._store, self._up = tempfile.mkdtemp(prefix="moecule-nats-"), False
         return [nats_binary(), "-c", str(self._conf), "-a", host, "-p", str(port), "-sd", self._store]
 
     def tick(self) -> None:
-        # The server wants a folder to start with, and never writes to it: so nothing is left behind by kill -9.
-        if self._store and sockets_on(self._address[1], LISTEN):
-            self._came_up = True
+        # The server wants a folder to start with, and writes to it only where it reads a configuration with TLS again:
+        # so nothing is left behind by kill -9.
+        if not self._up and sockets_on(self._address[1], LISTEN):
+            self._came_up = self._up = True
             self.close()
 
     def may_stop(self, waited: float) -> bool:
@@ -119,7 +126,6 @@ class NatsLine:
     def close(self) -> None:
         if self._store:
             shutil.rmtree(self._store, ignore_errors=True)
-            self._store = None
 
 
 def nats_binary() -> str:
@@ -158,5 +164,6 @@ def ready_line(settings: Settings) -> str:
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
     question = {"role": "user", "content": "What is 47 + 85?"}
     body = shlex.quote(json.dumps({"model": settings.served_name, "messages": [question]}))
-    curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json' -d {body}"
+    key = "-H 'authorization: Bearer YOUR_KEY' " if settings.api_keys else ""
+    curl = f"curl {url}/v1/chat/completions {key}-H 'content-type: application/json' -d {body}"
     return f"Moecule is ready at {url} - try: {curl}"

@@ -32,7 +32,13 @@ def setup_logs(settings: Settings) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
     # Libraries log through the standard library; they speak up only when something is wrong.
+    logging.getLogger("asyncio").addFilter(_is_news)
     logging.basicConfig(level=max(level, logging.WARNING), format="%(asctime)s [%(levelname)s] %(name)s: %(message)s")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what the streams of asyncio's own make it say of every connection with TLS that its peer closes."""
+    return "returning true from eof_received() has no effect" not in str(record.msg)
 
 
 def actor_log(kind: str, actor_id: str) -> Any:

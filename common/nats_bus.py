@@ -28,6 +28,7 @@ from common.settings import without_login
 CONNECT_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
 RECONNECT_WAIT_SECONDS = 0.1
+REFUSED_WAIT_SECONDS = 1.0  # where an attempt ended with a refusal, which the server logs too
 PING_SECONDS = 2
 JETSTREAM_SECONDS = 2.0
 PULSE_SECONDS = 0.5  # between two questions whether the server still answers
@@ -420,6 +421,7 @@ class NatsBus:
     async def _on_reconnected(self) -> None:
         self._since = self._pulse_at = time.monotonic()
         self._reminder.forget()
+        self._unread = ""
         self.log.info("NATS is back", url=without_login(self._url))
         for callback in self._callbacks:
             task = asyncio.create_task(self._call_back(callback))
@@ -468,6 +470,7 @@ class NatsBus:
         refusal = "" if self.connected else self._refusal(error)
         if refusal and self._pulse is None:
             raise ConfigError(refusal)  # ends the start, and nats-py's attempts
+        self._client.options["reconnect_time_wait"] = REFUSED_WAIT_SECONDS if refusal else RECONNECT_WAIT_SECONDS
         if isinstance(error, nats.errors.SlowConsumerError):
             self.slow_consumer_drops += 1
             self.log.error("messages dropped: a handler is too slow", subject=error.subject)

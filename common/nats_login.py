@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
+from common.files import read_small
 from common.settings import Settings
+
+MOST_BYTES = 1 << 20  # of a file
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Login:
     user: str = ""
     password: str = field(default="", repr=False)
     ca: str = ""  # PEM file; empty: whom the system trusts
-    ca_holds: bytes = field(default=b"", repr=False)  # so that a login after a change is another one
+    ca_holds: bytes = field(default=b"", repr=False)  # what was read from it
 
     @classmethod
     def of(cls, settings: Settings, kind: str) -> Login:
@@ -36,7 +39,10 @@ class Login:
             found |= {"user": self.user, "password": self.password, "inbox_prefix": f"_INBOX.{self.user}"}
         if self.ca or url.startswith("tls:"):
             try:
-                found["tls"] = ssl.create_default_context(cafile=self.ca or None)
+                if self.ca and not self.ca_holds:
+                    raise OSError("it is empty")
+                # What is no ASCII are comments between the certificates.
+                found["tls"] = ssl.create_default_context(cadata=self.ca_holds.decode("ascii", "replace") or None)
             except OSError as error:
                 raise ConfigError(
                     f"{self.ca} (MOECULE_NATS_CA) holds no certificate that can be read: {error}"
@@ -56,6 +62,9 @@ def _password(path: Path, kind: str) -> str:
 
 def _read(path: Path, setting: str) -> bytes:
     try:
-        return path.read_bytes()
+        _, data = read_small(path, MOST_BYTES)
     except OSError as error:
         raise ConfigError(f"{path} ({setting}) cannot be read: {error.strerror}") from None
+    if len(data) > MOST_BYTES:
+        raise ConfigError(f"{path} ({setting}) is larger than {MOST_BYTES} bytes")
+    return data

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from common.cli import EXIT_USAGE
@@ -44,6 +44,7 @@ class Line(Protocol):
     """What one line of the Procfile runs."""
 
     name: str
+    signals: frozenset[signal.Signals]  # that are for the child, and sent on to it
 
     def check(self) -> None:
         """Raises ConfigError if a start is in vain."""
@@ -86,6 +87,7 @@ class Supervisor:
         self._stops = 0  # how often we were told to stop
         self._told_at = 0.0
         self._watch = AncestorWatch()
+        self._child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
         """Until the line was told to stop (0) or cannot start (the exit code that says so)."""
@@ -102,7 +104,8 @@ class Supervisor:
             if not (command := self._line.command()):
                 self._wait(None)
                 return 0
-            code = self._wait(start_child(command))
+            self._child = start_child(command)
+            code = self._wait(self._child)
             if self._stops:
                 return 0
             if self._line.ends_start(code, lives):
@@ -135,11 +138,21 @@ class Supervisor:
 
     def _take_signal(self, seconds: float) -> None:
         """Signals are blocked and taken here alone, so that none can come between a look and a wait."""
-        info = signal.sigtimedwait(SIGNALS, seconds)
-        asked = info is not None and info.si_signo != signal.SIGCHLD
-        if asked or (not self._stops and self._watch.gone()):
+        taken = take_signal(SIGNALS | self._line.signals, seconds)
+        if taken in self._line.signals:
+            if self._child:
+                self._child.send_signal(taken)
+            return
+        if taken in (signal.SIGTERM, signal.SIGINT) or (not self._stops and self._watch.gone()):
             self._stops += 1
             self._told_at = self._told_at or time.monotonic()
+
+
+def take_signal(signals: Collection[int], seconds: float) -> int:
+    """The one that came in that time, or 0. Where a process was stopped meanwhile and goes on after the time is over,
+    Python gives back a siginfo that nobody has filled in."""
+    info = signal.sigtimedwait(signals, seconds)
+    return info.si_signo if info is not None and info.si_signo in signals else 0
 
 
 class AncestorWatch:
@@ -181,7 +194,7 @@ def say(sentence: str) -> None:
 def refuse(error: ConfigError, line: Line | None) -> int:
     """Say once why there is no start. Every line finds a fault that all share, and NATS's line speaks for them."""
     own_fault = line is None or isinstance(line, NatsLine) or error.param == line.name
-    if not own_fault and "HONCHO_PROCESS_NAME" in os.environ and signal.sigtimedwait(SIGNALS, OTHERS_SPEAK_SECONDS):
+    if not own_fault and "HONCHO_PROCESS_NAME" in os.environ and take_signal(SIGNALS, OTHERS_SPEAK_SECONDS):
         return EXIT_CONFIG  # somebody spoke, and honcho stops us
     say(error.message)
     return EXIT_CONFIG
@@ -206,6 +219,7 @@ def main(arguments: list[str]) -> int:
         return refuse(error, line)
     if isinstance(line, NatsLine):
         warn_unknown(say)
+    signal.pthread_sigmask(signal.SIG_BLOCK, line.signals)
     return Supervisor(line).run()
 
 

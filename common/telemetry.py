@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
@@ -14,8 +15,10 @@ from common.messages import Metrics
 
 def new_registry(kind: str, actor_id: str, boot_id: str) -> CollectorRegistry:
     registry = CollectorRegistry()
-    info = Gauge("moecule_actor_info", "1, with which actor this is", ["kind", "id", "boot_id"], registry=registry)
-    info.labels(kind, actor_id, boot_id).set(1)
+    info = Gauge(
+        "moecule_actor_info", "1, with which actor this is", ["kind", "id", "boot_id", "pid"], registry=registry
+    )
+    info.labels(kind, actor_id, boot_id, os.getpid()).set(1)
     return registry
 
 

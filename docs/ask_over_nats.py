@@ -1,5 +1,6 @@
 import asyncio
 import json
+import os
 
 import nats
 
@@ -7,7 +8,7 @@ REQUEST = {"model": "tiny", "messages": [{"role": "user", "content": "What is 47
 
 
 async def main() -> None:
-    async with await nats.connect("nats://127.0.0.1:4222") as client:
+    async with await nats.connect(os.environ.get("MOECULE_NATS_URL", "nats://127.0.0.1:4222")) as client:
         answers = await client.subscribe(inbox := client.new_inbox())
         await client.publish("moecule.v1.generate", json.dumps(REQUEST).encode(), reply=inbox)
         async for message in answers.messages:

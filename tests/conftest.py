@@ -44,6 +44,7 @@ class NatsServer:
         self.port = -1
         self._conf = conf
         self._process: subprocess.Popen[str] | None = None
+        self._store = ""
         self.start()
 
     @property
@@ -51,10 +52,10 @@ class NatsServer:
         return f"nats://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="moecule-nats-") as store:
-            command = [nats_binary(), "-c", str(self._conf), "-p", str(self.port), "-sd", store]
-            self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            self.port = self._wait_ready()
+        self._store = tempfile.mkdtemp(prefix="moecule-nats-")
+        command = [nats_binary(), "-c", str(self._conf), "-p", str(self.port), "-sd", self._store]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        self.port = self._wait_ready()
 
     def _wait_ready(self) -> int:
         assert self._process is not None and self._process.stderr is not None
@@ -88,6 +89,7 @@ class NatsServer:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            shutil.rmtree(self._store, ignore_errors=True)
             assert self._process.stderr is not None
             self._process.stderr.close()
             self._process = None

@@ -518,7 +518,7 @@ async def test_metrics_of_everyone_on_one_page(front: Front) -> None:
     await front.chat()
     page = (await front.http.get("/metrics")).text
     assert 'moecule_x{actor="worker-1",a="b c"} 1.0\nmoecule_x{actor="worker-1"} 2.0\n' in page
-    assert 'moecule_request_success_total{actor="gateway-1",finished_reason="stop"} 1.0' in page
+    assert 'moecule_request_success_total{actor="gateway-1",finished_reason="stop",tenant=""} 1.0' in page
     assert 'moecule_time_to_first_token_seconds_count{actor="gateway-1"} 1.0' in page
     assert page.count("# TYPE moecule_actor_info gauge") == 1
     from prometheus_client.parser import text_string_to_metric_families

@@ -27,7 +27,7 @@ async def test_a_gateway_is_ready_when_it_has_heard_whoever_is_alive() -> None:
     clock.jump(100)
     assert peers.why_not_ready() == "the scheduler does not answer"
     scheduler_beats(peers)
-    just_started = "the gateway has just started and does not know yet who is there"
+    just_started = "the gateway has just begun to listen and does not know yet who is there"
     assert peers.why_not_ready() == just_started
     worker_beats(peers, "a")
     clock.jump(LISTEN_SECONDS - 0.01)
@@ -41,4 +41,11 @@ async def test_a_gateway_is_ready_when_it_has_heard_whoever_is_alive() -> None:
     assert peers.why_not_ready() == "the scheduler does not answer"
     scheduler_beats(peers)
     assert peers.why_not_ready() == "", "it knows who is there: a scheduler's return needs no second wait"
+    bus.disconnect()
+    clock.jump(10)
+    bus.reconnect()
+    scheduler_beats(peers)
+    assert peers.why_not_ready() == just_started, "whom it knew may be forgotten by now"
+    clock.jump(LISTEN_SECONDS)
+    assert peers.why_not_ready() == ""
     await bus.close()

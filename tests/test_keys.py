@@ -127,6 +127,14 @@ def checked(path: Path) -> None:
     check_api_keys(Settings(api_keys=str(path)))
 
 
+def test_a_fifo_keeps_nobody_waiting(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    for reader in (read, checked):
+        with pytest.raises(ConfigError, match=f"{path}: cannot be read: it is no regular file"):
+            reader(path)
+
+
 def test_a_file_that_is_not_there_ends_the_start(path: Path) -> None:
     for reader in (read, checked):
         with pytest.raises(ConfigError, match=f"{path}x: cannot be read: No such file or directory"):
@@ -253,6 +261,25 @@ async def test_a_file_that_was_broken_or_lost_changes_nothing(path: Path) -> Non
     whys = ("line 1: the key must", "it is not UTF-8", "cannot be read: No s")
     assert all(entry["why"].startswith(why) for entry, why in zip(logs, whys, strict=False))
     assert not any(secret in str(logs) for secret in (ALICE, NIGHTLY, OPS, "oops"))
+    following.cancel()
+
+
+async def test_what_cannot_be_read_is_told_once(path: Path) -> None:
+    clock = FakeClock()
+    keys = read(path, clock)
+    following = asyncio.create_task(keys.follow())
+    with capture_logs() as logs:
+        for _ in range(2):
+            os.unlink(path)
+            os.mkdir(path)
+            for _ in range(3):
+                await looked(clock)
+            os.rmdir(path)
+            write(path, f"alice {OPS}")
+            await looked(clock)
+    assert [entry["log_level"] for entry in logs] == ["error", "info"] * 2
+    assert logs[0]["path"] == str(path) and logs[0]["why"] == "cannot be read: Is a directory"
+    assert keys.caller(OPS).key.name == "alice"
     following.cancel()
 
 

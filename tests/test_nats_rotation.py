@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from common.clock import FakeClock
 from common.errors import ConfigError
 from common.nats_bus import MOST_REASONS, REPEAT_SECONDS, NatsBus, Reminder
-from common.nats_login import Login
+from common.nats_login import MOST_BYTES, Login
 from common.settings import Settings
 from tests.conftest import NatsServer
 from tests.test_nats_users import CONF, write_certificate, write_passwords, write_secrets
@@ -194,23 +194,38 @@ async def test_refused_attempts_leave_no_sockets(tmp_path: Path) -> None:
         ("gateway", None, r"gateway \(MOECULE_NATS_PASSWORDS\) cannot be read: No such file or directory"),
         ("gateway", b"\n", r"gateway \(MOECULE_NATS_PASSWORDS\) is empty"),
         ("gateway", b"\xff", r"gateway \(MOECULE_NATS_PASSWORDS\) cannot be read: it is not text"),
+        ("gateway", os.mkfifo, r"gateway \(MOECULE_NATS_PASSWORDS\) cannot be read: it is no regular file"),
+        ("gateway", b"x" * (MOST_BYTES + 1), r"gateway \(MOECULE_NATS_PASSWORDS\) is larger than 1048576 bytes"),
+        ("ca.pem", os.mkfifo, r"ca\.pem \(MOECULE_NATS_CA\) cannot be read: it is no regular file"),
         ("ca.pem", None, r"ca\.pem \(MOECULE_NATS_CA\) cannot be read: No such file or directory"),
         ("ca.pem", b"half a cert", r"ca\.pem \(MOECULE_NATS_CA\) holds no certificate that can be read"),
     ],
-    ids=["no password", "an empty one", "no text", "no certificate", "a malformed one"],
+    ids=[
+        "no password",
+        "an empty one",
+        "no text",
+        "a FIFO",
+        "a large one",
+        "a FIFO as certificate",
+        "no certificate",
+        "a malformed one",
+    ],
 )
-async def test_what_cannot_be_read_stays_as_it_was_and_is_told_once(
-    rig: Rig, name: str, holds: bytes | None, why: str
+async def test_what_cannot_be_read_stays_as_it_was_and_is_told_once_an_outage(
+    rig: Rig, name: str, holds: bytes | Callable[[Path], object] | None, why: str
 ) -> None:
     path = rig.folder / name
     good = path.read_bytes()
     path.unlink()
-    if holds is not None:
+    if isinstance(holds, bytes):
         path.write_bytes(holds)
+    elif holds is not None:
+        holds(path)
     with capture_logs() as logs:
         for outage in (1, 2):
             await asyncio.to_thread(rig.server.restart)
             await until(lambda outage=outage: told(logs).count(BACK) == outage)
+        path.unlink(missing_ok=True)
         path.write_bytes(good)
         await asyncio.to_thread(rig.server.restart)
         await until(lambda: told(logs).count(BACK) == 3)
@@ -219,7 +234,7 @@ async def test_what_cannot_be_read_stays_as_it_was_and_is_told_once(
         await until(lambda: told(logs).count(BACK) == 4)
     assert rig.bus.connected
     warned = [line for line in logs if line["event"] not in (GONE, BACK) and line["log_level"] != "debug"]
-    assert [line["log_level"] for line in warned] == ["warning"] * 2, "once, and once more after it was mended"
+    assert [line["log_level"] for line in warned] == ["warning"] * 3, "once an outage"
     assert re.search(why, warned[0]["event"])
     assert warned[0]["event"].endswith("; mend it: until then NATS gets what was read before")
     assert "password of the gateway" not in str(logs)

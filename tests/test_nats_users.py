@@ -132,7 +132,8 @@ async def test_nobody_hears_another_users_answers(secrets: Path, url: str) -> No
 
 
 async def test_a_wrong_password_ends_the_start_with_a_sentence(secrets: Path, url: str) -> None:
-    bus = NatsBus(url, "test", lambda: Login("gateway", "guessed", str(secrets / "ca.pem")))
+    ca = secrets / "ca.pem"
+    bus = NatsBus(url, "test", lambda: Login("gateway", "guessed", str(ca), ca.read_bytes()))
     began = time.monotonic()
     with pytest.raises(ConfigError, match=r"does not let gateway in .*Authorization.*: see MOECULE_NATS_PASSWORDS"):
         await bus.connect()
@@ -150,7 +151,8 @@ async def test_a_server_whom_nobody_vouches_for_is_not_talked_to(secrets: Path, 
 
 async def test_a_password_is_not_shown_to_whoever_has_no_tls(secrets: Path, nats_url: str) -> None:
     password = (secrets / "gateway").read_text().strip()
-    heard = bytearray()
+    ca, heard = secrets / "ca.pem", bytearray()
+    trusted = ca.read_bytes()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b'INFO {"server_id":"x","version":"2.12.0","max_payload":1048576,"headers":true}\r\n')
@@ -160,7 +162,7 @@ async def test_a_password_is_not_shown_to_whoever_has_no_tls(secrets: Path, nats
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
         for url in (f"tls://127.0.0.1:{port}", f"nats://127.0.0.1:{port}", nats_url):
-            bus = NatsBus(url, "test", lambda: Login("gateway", password, str(secrets / "ca.pem")))
+            bus = NatsBus(url, "test", lambda: Login("gateway", password, str(ca), trusted))
             with pytest.raises(ConfigError, match="has no TLS, which tls:// or MOECULE_NATS_CA demands"):
                 await bus.connect()
             await bus.close()

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from common.lines import ready_line
+from common.lines import ActorLine, ready_line
 from common.nats_bus import NatsBus
+from common.nats_login import Login
 from common.serve import lines_of, procfile_here
 from common.settings import Settings
 from common.supervisor import restart_delay
 from tests.conftest import REPO
+from tests.test_nats_users import CONF, write_passwords, write_secrets
 
 TOY = """
 import os, signal, sys, time
@@ -301,9 +303,31 @@ def test_nats_that_is_stopped_while_it_starts_leaves_no_folder(family: Family, s
     assert list(family.temporary.iterdir()) == []
 
 
+def test_whoever_is_stopped_for_a_while_goes_on(family: Family):
+    """A wait for signals that is over by then gives back a siginfo without meaning."""
+    parent = family.supervise("toy")
+    child = child_of(parent)
+    for _ in range(5):
+        parent.send_signal(signal.SIGSTOP)
+        time.sleep(0.3)  # longer than a wait
+        parent.send_signal(signal.SIGCONT)
+        time.sleep(0.2)
+    assert parent.poll() is None and child in family.pids("toy")
+    parent.terminate()
+    assert rest(parent).splitlines() == ["told to leave", "left"] and parent.returncode == 0
+
+
+@pytest.mark.parametrize(("code", "lives", "ends"), [(78, 1, True), (69, 1, True), (78, 2, False), (69, 2, False)])
+def test_what_was_there_once_is_started_again(code: int, lives: int, ends: bool):
+    """A file may be malformed for a while, or NATS refuse a password: that must not end the others."""
+    assert ActorLine("services.gateway").ends_start(code, lives) is ends
+
+
 def test_the_line_that_ends_a_start():
     line = ready_line(Settings(host="0.0.0.0", port=8123, model_name="small"))
     assert "http://127.0.0.1:8123/v1/chat/completions" in line and '"model": "small"' in line and "\n" not in line
+    assert "authorization" not in line
+    assert "-H 'authorization: Bearer YOUR_KEY'" in ready_line(Settings(api_keys="keys"))
 
 
 # ---- NATS's line
@@ -359,6 +383,31 @@ async def test_nats_does_not_wait_for_ever(family: Family):
     await asyncio.to_thread(rest, parent)
     assert parent.returncode == 0 and 0.7 < time.monotonic() - began < 4 and family.pids() == []
     await bus.close()
+
+
+async def test_nats_reads_its_configuration_again_when_its_parent_hangs_up(family: Family):
+    """What is in its log is what it did: whoever took the parent's pid for the server's would else see nothing."""
+    secrets = write_secrets(family.folder)
+    conf = str(secrets / CONF.name)
+    parent = family.supervise("--nats", MOECULE_NATS_CONF=conf)
+    assert parent.stdout is not None
+    await asyncio.to_thread(until, lambda: list(family.temporary.iterdir()) == [] and family.pids("nats-server -c"))
+    (server,) = family.pids("nats-server -c")
+    write_passwords(secrets, gateway="new")
+    (secrets / "gateway").write_text("new\n")
+    settings = Settings(nats_passwords=str(secrets), nats_ca=str(secrets / "ca.pem"))
+    bus = NatsBus(f"tls://127.0.0.1:{family.nats_port}", "t", lambda: Login.of(settings, "gateway"))
+    parent.send_signal(signal.SIGHUP)
+    line = ""
+    while "Reloaded server configuration" not in line:
+        line = await asyncio.to_thread(parent.stdout.readline)
+        assert line, "it ended"
+    await bus.connect()
+    await bus.close()
+    assert family.pids("nats-server -c") == [server]
+    parent.terminate()
+    await asyncio.to_thread(rest, parent)
+    assert parent.returncode == 0 and list(family.temporary.iterdir()) == []
 
 
 def test_a_taken_nats_port_ends_the_start(family: Family):

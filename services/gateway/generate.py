@@ -79,7 +79,7 @@ class Generator:
             with caller.request(timeout) as permit:
                 yield permit
         except MoeculeError as error:
-            self.metrics.failed(error.code)
+            self.metrics.failed(error.code, caller.key.name)
             raise
         finally:
             self.active -= 1
@@ -143,7 +143,7 @@ class Generator:
         except MoeculeError as error:
             if not events.begun or isinstance(error, RequestCancelled):
                 raise
-            self.metrics.failed(error.code)
+            self.metrics.failed(error.code, jobs[0].tenant)
             current().fail(error)
             return error
         return None
@@ -160,7 +160,7 @@ class Generator:
                 last, first = now, False
                 if delta:
                     await on_delta(job.index, delta)
-        self.metrics.finished(finish, last - began, len(job.prompt), output.completion_tokens)
+        self.metrics.finished(finish, last - began, len(job.prompt), output.completion_tokens, job.tenant)
 
 
 class Endpoint(Generic[Body]):

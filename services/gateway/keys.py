@@ -26,6 +26,7 @@ from typing import Any
 
 from common.clock import Clock
 from common.errors import ConfigError, InvalidKey
+from common.files import read_small
 from services.gateway.limits import Caller, Key
 
 LOOK_SECONDS = 1.0  # between two looks at whether the file has changed
@@ -51,7 +52,7 @@ class Malformed(Exception):
 def check_keys(path: str) -> None:
     """Raises ConfigError if Keys would."""
     with _needed(path):
-        keys_in(contents(path)[1])
+        keys_in(read_small(path, MOST_BYTES)[1])
 
 
 @contextlib.contextmanager
@@ -61,12 +62,6 @@ def _needed(path: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, Malformed) as error:
         raise ConfigError(f"MOECULE_API_KEYS: {path}: {_why(error)}") from None
-
-
-def contents(path: str) -> tuple[os.stat_result, bytes]:
-    """The file as it was when the reading began, and no more of it than shows that it is too large. Raises OSError."""
-    with open(path, "rb") as file:
-        return os.fstat(file.fileno()), file.read(MOST_BYTES + 1)
 
 
 def keys_in(data: bytes) -> tuple[Key, ...]:
@@ -191,28 +186,34 @@ class Keys:
 
     async def follow(self) -> None:
         """Read the file again whenever it has changed. One that is malformed changes nothing, and the log says so."""
+        said = ""
         while self._path:
             await self._clock.sleep(LOOK_SECONDS)
             try:
-                await asyncio.to_thread(self._read_if_changed)
+                if await asyncio.to_thread(self._read_if_changed):
+                    said = ""
             except (OSError, ValueError, Malformed) as error:
-                self._log.error("API keys stay as they are: their file cannot be used", why=_why(error))
+                # What is malformed is met once a change, what cannot be read at every look.
+                if (why := _why(error)) != said or not isinstance(error, OSError):
+                    self._log.error("API keys stay as they are: their file cannot be used", path=self._path, why=why)
+                said = why
 
-    def _read_if_changed(self) -> None:
+    def _read_if_changed(self) -> bool:
+        """Whether it was."""
         try:
             state = _State.of(os.stat(self._path))
         except FileNotFoundError:
-            if self._state is None:
-                return  # said already
             self._state = None
             raise
-        if state != self._state:
-            self._read()
-            self._log.info("API keys were read again", keys=len(self._callers))
+        if state == self._state:
+            return False
+        self._read()
+        self._log.info("API keys were read again", keys=len(self._callers))
+        return True
 
     def _read(self) -> None:
         """What is in flight under a name goes on counting; a key that is gone is refused from now on."""
-        found, data = contents(self._path)
+        found, data = read_small(self._path, MOST_BYTES)
         self._state = _State.of(found)  # what cannot be opened or read now is tried again
         keys = keys_in(data)
         if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):

@@ -23,9 +23,16 @@ class GatewayMetrics:
         self._answers = Counter("moecule_http_answers", "HTTP answers", ["path", "status"], registry=registry)
         self.running = Gauge("moecule_gateway_requests_running", "Requests in flight", registry=registry)
         self._finished = Counter(
-            "moecule_request_success", "Choices that came to their end", ["finished_reason"], registry=registry
+            "moecule_request_success",
+            "Choices that came to their end",
+            ["finished_reason", "tenant"],
+            registry=registry,
         )
-        self._failed = Counter("moecule_request_failed", "Requests that failed", ["code"], registry=registry)
+        self._failed = Counter("moecule_request_failed", "Requests that failed", ["code", "tenant"], registry=registry)
+        self._tokens = Counter(
+            "moecule_tenant_tokens", "Tokens of the choices that came to their end, by kind: prompt or generation",
+            ["tenant", "kind"], registry=registry,
+        )  # fmt: skip
         self.gaps = Counter("moecule_token_gaps", "Times that tokens had to be asked for again", registry=registry)
         self.lost = Counter("moecule_requests_lost", "Requests whose worker was lost", registry=registry)
         self._first = Histogram(
@@ -55,14 +62,19 @@ class GatewayMetrics:
     def next_tokens(self, seconds: float) -> None:
         self._between.observe(seconds)
 
-    def finished(self, reason: str, seconds: float, prompt_tokens: int, completion_tokens: int) -> None:
-        self._finished.labels(reason).inc()
+    def finished(
+        self, reason: str, seconds: float, prompt_tokens: int, completion_tokens: int, tenant: str = ""
+    ) -> None:
+        """`tenant`: the name of the key, empty where none is asked for."""
+        self._finished.labels(reason, tenant).inc()
+        self._tokens.labels(tenant, "prompt").inc(prompt_tokens)
+        self._tokens.labels(tenant, "generation").inc(completion_tokens)
         self._whole.observe(seconds)
         self._prompt.observe(prompt_tokens)
         self._generated.observe(completion_tokens)
 
-    def failed(self, code: str) -> None:
-        self._failed.labels(code).inc()
+    def failed(self, code: str, tenant: str = "") -> None:
+        self._failed.labels(code, tenant).inc()
 
 
 async def everyones_metrics(bus: Bus, peers: Sequence[tuple[str, str]], own: tuple[str, str]) -> str:

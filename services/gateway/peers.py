@@ -61,6 +61,7 @@ class Peers:
         if not reasons:
             return "the scheduler does not answer"
         # Before that /metrics, the page and whoever forgets pages would leave out workers that serve.
-        if self._began is None or self._clock.now() < self._began + LISTEN_SECONDS:
-            return "the gateway has just started and does not know yet who is there"
+        listened = 0.0 if self._began is None else self._clock.now() - self._began
+        if min(listened, self._bus.connected_for()) < LISTEN_SECONDS:
+            return "the gateway has just begun to listen and does not know yet who is there"
         return min(reasons, key=len)  # one scheduler that can serve is enough

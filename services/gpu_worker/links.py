@@ -30,6 +30,7 @@ from services.gpu_worker.peers import BusPeer, MailboxPeer, Peer, RowPeer
 
 WAIT_BOUND_SECONDS = 30.0
 COUNT_SECONDS = 0.25  # a long wait is counted piece by piece, so that heartbeats tell of it while it lasts
+MOST_TIMES = 256  # shards whose times are kept, those included that have left
 TRIP_BUCKETS = (0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # seconds
 
 
@@ -178,11 +179,12 @@ class ExpertLinks(Membership):
     # ---- the event loop
 
     def times(self) -> dict[str, LinkTimes]:
-        """Of each shard of the newest map that was asked. What one that has left took is forgotten."""
+        """Of each shard of the newest map that was asked. One that was stopped for long may come back."""
         named, found = self._newest.expert_map.shards, dict(self._times)  # a copy: a step may meet a new one meanwhile
         for shard_id in found.keys() - named.keys():
             del found[shard_id]
-            self._times.pop(shard_id, None)
+            if len(self._times) > MOST_TIMES:
+                self._times.pop(shard_id, None)
         return found
 
     async def close(self) -> None:
