@@ -157,6 +157,16 @@ async def test_one_key_at_its_limit_does_not_hold_up_another(front: Front) -> No
     front.worker.resume_sending()
     assert (await first).status_code == (await other).status_code == 200
     assert (await ask(front, SMALL)).status_code == 200
+    usage = (await other).json()["usage"]
+    page = (await front.http.get("/metrics", headers=auth(ALICE))).text
+    for sample in (
+        'moecule_request_failed_total{actor="gateway-1",code="rate_limit_exceeded",tenant="small"} 1.0',
+        'moecule_request_success_total{actor="gateway-1",finished_reason="stop",tenant="small"} 2.0',
+        f'moecule_tenant_tokens_total{{actor="gateway-1",kind="prompt",tenant="alice"}} {usage["prompt_tokens"]:.1f}',
+        f'moecule_tenant_tokens_total{{actor="gateway-1",kind="generation",tenant="alice"}} '
+        f"{usage['completion_tokens']:.1f}",
+    ):
+        assert sample in page, sample
 
 
 async def test_what_a_client_that_left_had_is_given_back(front: Front) -> None:
