@@ -87,7 +87,6 @@ class Supervisor:
         self._stops = 0  # how often we were told to stop
         self._told_at = 0.0
         self._watch = AncestorWatch()
-        self._child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
         """Until the line was told to stop (0) or cannot start (the exit code that says so)."""
@@ -104,8 +103,7 @@ class Supervisor:
             if not (command := self._line.command()):
                 self._wait(None)
                 return 0
-            self._child = start_child(command)
-            code = self._wait(self._child)
+            code = self._wait(start_child(command))
             if self._stops:
                 return 0
             if self._line.ends_start(code, lives):
@@ -120,7 +118,7 @@ class Supervisor:
         """The exit code of the child, which is told to stop when we are; without one, until we are told."""
         told = False
         while (code := child.poll() if child else (0 if self._stops else None)) is None:
-            self._take_signal(TICK_SECONDS)
+            self._take_signal(TICK_SECONDS, child)
             self._line.tick()
             if child is None or not self._stops:
                 continue
@@ -136,12 +134,12 @@ class Supervisor:
         while not self._stops and (left := end - time.monotonic()) > 0:
             self._take_signal(min(left, TICK_SECONDS))
 
-    def _take_signal(self, seconds: float) -> None:
+    def _take_signal(self, seconds: float, child: subprocess.Popen[bytes] | None = None) -> None:
         """Signals are blocked and taken here alone, so that none can come between a look and a wait."""
         taken = take_signal(SIGNALS | self._line.signals, seconds)
         if taken in self._line.signals:
-            if self._child:
-                self._child.send_signal(taken)
+            if child:
+                child.send_signal(taken)
             return
         if taken in (signal.SIGTERM, signal.SIGINT) or (not self._stops and self._watch.gone()):
             self._stops += 1

@@ -316,7 +316,7 @@ class Door:
 
 def shown(message: RawMessage) -> str | None:
     """The key that came with a message, in HTTP's header; None: there is none."""
-    return bearer((name.lower().encode(), value.encode()) for name, value in message.headers.items())
+    return bearer([(b"authorization", header_of(message.headers, "authorization").encode())])
 
 
 def header_of(headers: Mapping[str, str], name: str) -> str:

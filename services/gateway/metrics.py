@@ -62,9 +62,7 @@ class GatewayMetrics:
     def next_tokens(self, seconds: float) -> None:
         self._between.observe(seconds)
 
-    def finished(
-        self, reason: str, seconds: float, prompt_tokens: int, completion_tokens: int, tenant: str = ""
-    ) -> None:
+    def finished(self, reason: str, seconds: float, prompt_tokens: int, completion_tokens: int, tenant: str) -> None:
         """`tenant`: the name of the key, empty where none is asked for."""
         self._finished.labels(reason, tenant).inc()
         self._tokens.labels(tenant, "prompt").inc(prompt_tokens)
@@ -73,7 +71,7 @@ class GatewayMetrics:
         self._prompt.observe(prompt_tokens)
         self._generated.observe(completion_tokens)
 
-    def failed(self, code: str, tenant: str = "") -> None:
+    def failed(self, code: str, tenant: str) -> None:
         self._failed.labels(code, tenant).inc()
 
 
