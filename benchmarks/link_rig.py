@@ -26,11 +26,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.link import ipc, naive, views
-from kernels.link.flags import BASE, FLAG, LIVE, begin, let_next_begin, region_at, signal, word_at
+from kernels.link.flags import BASE, FLAG, LIVE, region_at, signal, word_at
 from kernels.link.layout import Region, SlabLayout
 from kernels.link.triton import combine, dispatch, give_back, take, wait
 from kernels.link.views import SENT, Peers, Requests
 from kernels.quant import Fp8Rows, dequantise, quantise_rows
+from kernels.tl_ops import let_next_begin, wait_ahead
 
 BOOT = 0x600D
 HANDSHAKE_SECONDS = 120.0  # the other side may be compiling
@@ -69,7 +70,7 @@ def _echo(
     PDL: tl.constexpr,
 ):  # fmt: skip
     index, programs = tl.program_id(0), tl.num_programs(0)
-    begin(PDL)
+    wait_ahead(PDL)
     let_next_begin(PDL)
     base, flag, live = tl.load(table + BASE), word_at(table, FLAG), tl.load(table + LIVE) != 0
     asked, answers = tl.minimum(tl.load(count), bound), live & (tl.load(ok) != 0)

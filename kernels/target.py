@@ -44,6 +44,16 @@ def current() -> Target:
     return _describe(f"sm_{active.arch}" if active.backend == "cuda" else str(active.arch).split(":")[0])
 
 
+def overlaps() -> bool:
+    """Whether a launch may begin before the one ahead of it has ended (programmatic dependent launch)."""
+    return current().arch == "sm_90" and not INTERPRETED
+
+
+def overlap(on: bool) -> dict[str, bool]:
+    """The option of such a launch, whose kernel waits where it must. Only NVIDIA's launches know it."""
+    return {"launch_pdl": True} if on else {}
+
+
 @cache
 def _describe(arch: str) -> Target:
     if arch not in _LIMITS:

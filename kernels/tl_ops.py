@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from kernels.target import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 FP8_MAX = tl.constexpr(448.0)  # e4m3fn
 FP8_MAX_FNUZ = tl.constexpr(240.0)  # e4m3fnuz (gfx942)
+
+
+@triton.jit
+def wait_ahead(PDL: tl.constexpr):
+    """What the launches ahead wrote is visible from here on. Every program of an overlapping launch calls it, so that
+    when a launch has ended all ahead of it have."""
+    if PDL:
+        cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_begin(PDL: tl.constexpr):
+    """The next launch's programs may take their places, and wait in `wait_ahead` for this one's end. Where this is
+    called before `wait_ahead`, they may do so even while launches before this one run: what those write they may read
+    only after theirs."""
+    if PDL:
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -251,7 +251,7 @@ def test_a_stack_holds_the_experts_asked_for_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-def test_shared_experts_follow_as_experts_of_their_own(tmp_path: Path, fp8: bool) -> None:
+def test_shared_experts_come_first_as_experts_of_their_own(tmp_path: Path, fp8: bool) -> None:
     if fp8:
         write_fp8("v3-like", tmp_path)
     else:
@@ -262,9 +262,9 @@ def test_shared_experts_follow_as_experts_of_their_own(tmp_path: Path, fp8: bool
     assert mlp is not None and config.shared_experts == 2
     gate, up = plain(mlp.gate_up).chunk(2, 1)
     pairs = zip(gate.chunk(2, 1), up.chunk(2, 1), strict=True)
-    gate_up = torch.stack([*routed.gate_up[[3, 4]], *(torch.cat(pair, 1) for pair in pairs)])
-    assert_stack(stack, gate_up, torch.stack([*routed.down[[3, 4]], *plain(mlp.down).chunk(2)]))
-    held = {3: 0, 4: 1, 12: 2, 13: 3}
+    gate_up = torch.stack([*(torch.cat(pair, 1) for pair in pairs), *routed.gate_up[[3, 4]]])
+    assert_stack(stack, gate_up, torch.stack([*plain(mlp.down).chunk(2), *routed.down[[3, 4]]]))
+    held = {12: 0, 13: 1, 3: 2, 4: 3}
     assert stack.slots.tolist() == [held.get(i, 4) for i in range(14)] + [4]
 
 
@@ -371,11 +371,11 @@ def test_chance_is_the_same_for_every_actor(random_folder: Path) -> None:
     cpu, gpu = (numbers(config, weights) for weights in both_layouts(config, worker))
     assert_same(gpu, as_held(config, cpu))
     stack = load_stack(config, shard, 1, range(12), "cpu", shared=True, fp8=config.fp8)
-    want = stored(config, worker, 1)
-    assert plain(expert_of(stack.gate_up, 5)).equal(want.gate_up[5])
+    want, slots = stored(config, worker, 1), stack.slots.tolist()
+    assert plain(expert_of(stack.gate_up, slots[5])).equal(want.gate_up[5])
     gate, up = cpu["1.gate_up"].chunk(2, 1)
-    assert plain(expert_of(stack.gate_up, 13)).equal(torch.cat((gate.chunk(2, 1)[1], up.chunk(2, 1)[1]), 1))
-    assert plain(expert_of(stack.down, 13)).equal(cpu["1.down"].chunk(2)[1])
+    assert plain(expert_of(stack.gate_up, slots[13])).equal(torch.cat((gate.chunk(2, 1)[1], up.chunk(2, 1)[1]), 1))
+    assert plain(expert_of(stack.down, slots[13])).equal(cpu["1.down"].chunk(2)[1])
 
 
 def test_chance_draws_what_it_says(random_folder: Path) -> None:

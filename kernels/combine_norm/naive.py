@@ -15,7 +15,8 @@ class SlotRows:
     rows[slots[t, k]], in float32 and in the order of k, rounded as it would be on its way over a link."""
 
     rows: Tensor  # [slots, hidden]
-    slots: Tensor  # int32 [T, topk], -1: none
+    slots: Tensor  # int32 [T, topk], -1: none; not written by the launch just ahead of one that is given it
+    awaited: bool = False  # the launch ahead waits for another process, which may need this GPU
 
     def sum(self) -> Tensor:
         """[T, hidden] in the rows' dtype."""

@@ -8,16 +8,24 @@ from kernels.combine_norm.naive import SlotRows
 from kernels.quant.naive import GROUP, Fp8Rows
 from kernels.quant.triton import quantise_groups
 from kernels.sizes import next_power_of_2
+from kernels.target import current, overlap, overlaps
+from kernels.tl_ops import let_next_begin, wait_ahead
 
 
 @triton.jit
 def _combine_norm(
     residual, first, second, rows, slots, weight, out, scale, eps, hidden,
-    PARTS: tl.constexpr, TOPK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, TOPK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < hidden
+    let_next_begin(PDL)
+    gain = tl.load(weight + at, mask=inside, other=0.0)
+    slot = ()  # before the rows, one after another of which would wait for its own
+    for k in tl.static_range(TOPK):
+        slot += (tl.load(slots + t * TOPK + k).to(tl.int64),)  # type: ignore[assignment]
+    wait_ahead(PDL)
     total = tl.load(residual + t * hidden + at, mask=inside, other=0.0).to(tl.float32)
     if PARTS >= 1:
         total += tl.load(first + t * hidden + at, mask=inside, other=0.0).to(tl.float32)
@@ -26,11 +34,11 @@ def _combine_norm(
     if TOPK:
         routed = tl.zeros([BLOCK], tl.float32)
         for k in tl.static_range(TOPK):
-            slot = tl.load(slots + t * TOPK + k).to(tl.int64)
-            routed += tl.load(rows + slot * hidden + at, mask=inside & (slot >= 0), other=0.0).to(tl.float32)
+            row = rows + slot[k] * hidden + at
+            routed += tl.load(row, mask=inside & (slot[k] >= 0), other=0.0).to(tl.float32)
         total += routed.to(rows.dtype.element_ty).to(tl.float32)
     tl.store(residual + t * hidden + at, total, mask=inside)
-    normed = total * tl.rsqrt(tl.sum(total * total) / hidden + eps) * tl.load(weight + at, mask=inside, other=0.0)
+    normed = total * tl.rsqrt(tl.sum(total * total) / hidden + eps) * gain
     if GROUP:
         coded, scales = quantise_groups(normed, out.dtype.element_ty, BLOCK, GROUP)
         tl.store(out + t * hidden + at, coded, mask=inside)
@@ -53,9 +61,14 @@ def combine_norm(
         return
     data, scale, group = (out.data, out.scale, GROUP) if isinstance(out, Fp8Rows) else (out, None, 0)
     rows, slots, topk = (slotted[0].rows, slotted[0].slots, slotted[0].slots.shape[1]) if slotted else (None, None, 0)
+    # Programs that stand ready take what whoever is waited for may have to run on.
+    pdl, early = overlaps(), not any(part.awaited for part in slotted)
     first, second = (*dense, None, None)[:2]
     block = max(next_power_of_2(hidden), GROUP)
+    # Few rows wait for memory alone: 8 numbers a thread, so that most of what a row is made of is on its way at once.
+    each = 256 if tokens <= 2 * current().processors else 512
     _combine_norm[(tokens,)](
         residual, first, second, rows, slots, weight, data, scale, eps, hidden,
-        len(dense), topk, group, block, num_warps=max(1, min(16, block // 512)),
+        len(dense), topk, group, block, pdl,
+        num_warps=max(1, min(32 if each == 256 else 16, block // each)), **overlap(pdl and early),
     )  # fmt: skip

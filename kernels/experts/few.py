@@ -12,6 +12,7 @@ can keep them from finishing. A token's experts differ, so that a block has at m
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -24,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra import cuda
 
 from kernels.experts.few_feed import TOKENS, N, deal, feed_rows, feed_weights, fence_proxies, hear
-from kernels.experts.work import ExpertWork, rows_and_scale
+from kernels.experts.work import ExpertWork, bytes_ahead, rows_and_scale
 from kernels.hopper import descriptor, ring_barriers
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
 from kernels.target import current
@@ -133,11 +134,12 @@ def _multiply(
 @gluon.jit
 def _few_rows(
     x, act, up, down, to_act, act_scale, x_scale, up_scale, down_scale, out, gates, pairs, places, blocks, counts,
-    progress, tokens, most,
+    progress, tokens, most, weights, ahead,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOPK: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """act[place] = silu(x[token] @ gate) * (x[token] @ up); out[place] = act[place] @ down * gates[pair].
 
+    `ahead`: bytes of the first experts' `weights`, which are asked for before the launches ahead have ended.
     `progress`: how many tiles have been dealt out; then, for even launches and for odd ones, how many tiles of each
     block's activations are finished. A launch leaves behind what the next one finds at its start.
     """
@@ -154,13 +156,16 @@ def _few_rows(
     full, empty = ring_barriers(STAGES, 2, 1)
     fence_async_shared()
     index, odd = deal(progress)
+    # All warps have read what was dealt before what the partitions are given is stored, in the same place: Triton 3.6
+    # puts no barrier there, and a warp that came late took the index for the whole number, an even launch's.
+    gl.thread_barrier()
     done = progress + 1 + odd * most
     gl.warp_specialize(
         [
             (_multiply, (ring, xs, indices, full, empty, x_scale, up_scale, to_act, act_scale, down_scale, out, gates,
                          pairs, places, blocks, counts, done, tokens, HIDDEN, INTER, UPS, DOWNS, TOPK, STAGES, SCALED)),
             (feed_weights, (up, down, ring, indices, told, full, empty, progress, index, odd, blocks, counts, most,
-                            HIDDEN, INTER, STAGES)),
+                            weights, ahead, HIDDEN, INTER, STAGES)),
             (feed_rows, (x, act, xs, indices, told, full, blocks, counts, done, HIDDEN, INTER, UPS, DOWNS, STAGES)),
         ],
         [1, 1],
@@ -180,10 +185,12 @@ def grouped_ffn(
         raise ValueError(f"no tile for {tokens} tokens of {hidden} and {inter}")
     programs = min(current().processors, most * (inter // strip + hidden // (2 * strip)))
     (up, up_scale), (out, down_scale) = rows_and_scale(gate_up), rows_and_scale(down)
+    ahead = bytes_ahead(gate_up, work.shared)
     _few_rows[(programs,)](
         descriptor(x.data, TOKENS, wide), descriptor(act.data, TOKENS, wide),
         descriptor(up, strip, wide), descriptor(out, strip, wide),
         act.data, getattr(act, "scale", None), getattr(x, "scale", None), up_scale, down_scale, work.rows, weights,
         plan.pairs, plan.places, plan.blocks, plan.counts, work.progress, tokens, most,
+        up.view(torch.uint8), ahead,
         hidden, inter, topk, work.tile["both"]["stages"], scaled, num_warps=4, maxnreg=128, launch_pdl=True,
     )  # fmt: skip

@@ -8,9 +8,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra import cuda
 
+from kernels.experts.work import CHUNK
+
 TOKENS = 8
 N = gl.constexpr(TOKENS)  # rows to multiply by
 LINE = gl.constexpr(128)  # bytes of K a step
+_CHUNK = gl.constexpr(CHUNK)
 _ODD = gl.constexpr(1 << 30)  # on top of the counter of tiles in every other launch
 
 
@@ -63,14 +66,28 @@ def _feed_tile(w, row, apart, index, ring, indices, told, full, empty, step, K: 
 
 
 @gluon.jit
+def _fetch_ahead(weights, size):
+    """Asks the L2 for this program's part of the first `size` bytes."""
+    EACH: gl.constexpr = _CHUNK // 32
+    lane, at = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])), gl.program_id(0) * _CHUNK
+    while at < size:
+        gl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
+            [weights + (at + lane * EACH), gl.full_like(lane, EACH)], dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        at += gl.num_programs(0) * _CHUNK
+
+
+@gluon.jit
 def feed_weights(
-    up, down, ring, indices, told, full, empty, progress, index, odd, blocks, counts, most,
+    up, down, ring, indices, told, full, empty, progress, index, odd, blocks, counts, most, weights, ahead,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Takes tiles and tells the others which; `index` is the first. A number past the last tile means the end."""
     STRIP: gl.constexpr = up.block_type.shape[0]
     UPS: gl.constexpr = INTER // STRIP
     DOWNS: gl.constexpr = HIDDEN // (2 * STRIP)
+    _fetch_ahead(weights, ahead)
     cuda.gdc_wait()
     slot, count, step = _slot(blocks, index // UPS, most), gl.load(counts), 0
     ups, total = count * UPS, count * (UPS + DOWNS)

@@ -13,29 +13,36 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.combine_norm.naive import SlotRows
 from kernels.expert_plan.naive import ExpertPlan
 from kernels.experts.tiles import fit
-from kernels.experts.work import ExpertWork, rows_and_scale
+from kernels.experts.work import CHUNK, ExpertWork, bytes_ahead, rows_and_scale
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
 from kernels.sizes import cdiv, next_power_of_2
-from kernels.target import INTERPRETED, current
-from kernels.tl_ops import dot, fp8_max, to_fp8
+from kernels.target import current, overlap, overlaps
+from kernels.tl_ops import dot, fp8_max, let_next_begin, to_fp8, wait_ahead
 
 EARLY = tl.constexpr(4)  # steps before a program's end at which the next launch may start to fetch its weights
 
 
 @triton.jit
-def _prefetch(weights, row, k, BYTES: tl.constexpr, ROWS: tl.constexpr):
-    """Ask the L2 for the first BYTES of ROWS rows. 16 divides BYTES, and a row has so many."""
-    pointers = weights + (row + tl.arange(0, ROWS)).to(tl.int64) * k
+def _prefetch(pointers, BYTES: tl.constexpr):
+    """Ask the L2 for the BYTES from each pointer on; 16 divides both."""
     tl.inline_asm_elementwise(
         "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
-        [pointers, tl.full([ROWS], BYTES, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        [pointers, tl.full(pointers.shape, BYTES, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _prefetch_chunks(weights, size, CHUNK: tl.constexpr, LANES: tl.constexpr):
+    """Ask the L2 for this program's part of the first `size` bytes."""
+    at = tl.program_id(0) * CHUNK
+    while at < size:
+        _prefetch(weights.to(tl.pointer_type(tl.uint8)) + (at + tl.arange(0, LANES) * (CHUNK // LANES)), CHUNK // LANES)
+        at += tl.num_programs(0) * CHUNK
 
 
 @triton.jit
@@ -93,11 +100,12 @@ def _grouped_product(
     k, width, topk,
     GATE_UP: tl.constexpr, SCALED: tl.constexpr, SWAP: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, AHEAD: tl.constexpr, CHUNK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """GATE_UP: out[place] = silu(x[token] @ gate) * (x[token] @ up); else out[place] = x[place] @ w * gates[pair].
 
     `w` is what tiles are loaded from, the descriptor or the address of `weights` [held * n, k], n = 2 * width or width.
+    The first AHEAD bytes of those are asked for before the launches ahead have ended.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     tile_width: tl.constexpr = BN if GATE_UP else 2 * BN
@@ -105,14 +113,16 @@ def _grouped_product(
     apart = width if GATE_UP else BN  # between a tile's two strips
     across = width // tile_width
     steps = k // BK
-    if PDL and GATE_UP:
-        cuda.gdc_wait()
+    if PDL and AHEAD > 0:
+        _prefetch_chunks(weights, AHEAD, CHUNK, LANES)
+    wait_ahead(PDL and GATE_UP)
     tiles = tl.load(counts) * across  # of the plan: see grouped_ffn why it may be read before the wait
     if PDL and not GATE_UP:
         if PREFETCH > 0 and program < tiles:
             slot = tl.load(blocks + program // across * 3)
-            _prefetch(weights, slot * n + program % across * tile_width, k, PREFETCH, tile_width)
-        cuda.gdc_wait()
+            rows = (slot * n + program % across * tile_width + tl.arange(0, tile_width)).to(tl.int64)
+            _prefetch(weights + rows * k, PREFETCH)
+        wait_ahead(PDL)
     last = tl.cdiv(tl.maximum(tiles - program, 0), programs) * steps
     # Where the loads are, and, some steps behind them, the products.
     tile, i, row, source = program - programs, -1, 0, tl.zeros([BM], tl.int32)
@@ -154,8 +164,8 @@ def _grouped_product(
                 first, second = tl.zeros_like(first), tl.zeros_like(second)
             done = 0
             done_tile += programs
-        if PDL and step == last - EARLY:
-            cuda.gdc_launch_dependents()
+        if step == last - EARLY:
+            let_next_begin(PDL)
 
 
 @triton.jit
@@ -165,9 +175,8 @@ def _sum_slots(rows, places, out, hidden, TOPK: tl.constexpr, BLOCK: tl.constexp
     place = ()
     for k in tl.static_range(TOPK):  # of the plan: see grouped_ffn why they may be read before the wait
         place += (tl.load(places + t * TOPK + k).to(tl.int64),)  # type: ignore[assignment]
-    if PDL:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    wait_ahead(PDL)
+    let_next_begin(PDL)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(TOPK):
@@ -200,7 +209,8 @@ def grouped_ffn(
 
 def launch_gate_up(x: Tensor | Fp8Rows, weights: Tensor, gate_up: Tensor | Fp8Blocks, work: ExpertWork) -> None:
     """work.act"""
-    _launch(True, x, weights, gate_up, work.plan, work.act, work.tile["gate_up"])
+    ahead = bytes_ahead(gate_up, work.shared)
+    _launch(True, x, weights, gate_up, work.plan, work.act, work.tile["gate_up"], ahead)
 
 
 def launch_down(weights: Tensor, down: Tensor | Fp8Blocks, work: ExpertWork) -> None:
@@ -216,6 +226,7 @@ def _launch(
     plan: ExpertPlan,
     out: Tensor | Fp8Rows,
     tile: dict,
+    ahead: int = 0,
 ) -> None:
     rows, x_scale = (x.data, x.scale) if isinstance(x, Fp8Rows) else (x, None)
     w, scale = rows_and_scale(stack)
@@ -224,7 +235,7 @@ def _launch(
     if scale is not None and k % GROUP:
         raise ValueError(f"rows of {k} in fp8: {GROUP} must divide it")
     tile = fit(tile, plan.block_rows, k, n, is_gate_up, w.dtype, scale is not None)
-    width, target, hopper = to.shape[1], current(), _hopper()
+    width, target, hopper = to.shape[1], current(), overlaps()
     tma, pdl = hopper and bool(tile["TMA"]), hopper and bool(tile["PDL"])
     across = width // (tile["BN"] if is_gate_up else 2 * tile["BN"])
     programs = len(plan.blocks) * across
@@ -236,7 +247,8 @@ def _launch(
         k, width, gates.shape[1],
         GATE_UP=is_gate_up, SCALED=scale is not None, SWAP=tile["SWAP"], TMA=tma, PDL=pdl,
         BM=plan.block_rows, BN=tile["BN"], BK=tile["BK"], STAGES=tile["stages"],
-        PREFETCH=min(tile["prefetch"], k * w.element_size()), GROUP=GROUP, num_warps=tile["warps"], **_overlap(pdl),
+        PREFETCH=min(tile["prefetch"], k * w.element_size()), GROUP=GROUP, AHEAD=ahead, CHUNK=CHUNK,
+        LANES=32 * tile["warps"], num_warps=tile["warps"], **overlap(pdl),
     )  # fmt: skip
 
 
@@ -246,15 +258,7 @@ def sum_slots(part: SlotRows, out: Tensor) -> None:
     if not tokens:
         return
     block = min(1024, next_power_of_2(hidden))
-    pdl = _hopper()
+    pdl = overlaps()
     _sum_slots[(tokens, cdiv(hidden, block))](
-        part.rows, part.slots, out, hidden, part.slots.shape[1], block, pdl, num_warps=4, **_overlap(pdl)
+        part.rows, part.slots, out, hidden, part.slots.shape[1], block, pdl, num_warps=4, **overlap(pdl)
     )
-
-
-def _hopper() -> bool:
-    return current().arch == "sm_90" and not INTERPRETED
-
-
-def _overlap(pdl: bool) -> dict:
-    return {"launch_pdl": True} if pdl else {}

@@ -20,6 +20,7 @@ class ExpertWork:
     rows: Tensor  # [pairs, hidden], by place, weighted; before that, hopper.py's gathered rows of x
     progress: Tensor  # int32 [1 + 2 * most_blocks], of few.py, whose launches leave it ready for the next
     tile: Mapping[str, Any]  # of tiles.tile_rule
+    shared: int = 0  # of the held, the first ones, which every token chooses
 
     @staticmethod
     def empty(
@@ -35,7 +36,7 @@ class ExpertWork:
         shared: int = 0,
     ) -> ExpertWork:
         """`fp8`: of the activations between the two products; `dtype`: of the rows, and of those if not `fp8`;
-        `shared`: how many of `held` and `topk` every token chooses."""
+        `shared`: how many of `held`, the first ones, and of `topk` every token chooses."""
         pairs, coded = tokens * topk, torch.float8_e4m3fn
         if torch.device(device).type == "cuda":
             from kernels.experts.tiles import tile_for
@@ -52,7 +53,17 @@ class ExpertWork:
         rows = torch.empty(pairs, hidden, dtype=dtype, device=device)
         plan = ExpertPlan.empty(tokens, topk, held, tile["rows"], device)
         progress = torch.zeros(1 + 2 * len(plan.blocks), dtype=torch.int32, device=device)
-        return ExpertWork(plan, act, rows, progress, tile)
+        return ExpertWork(plan, act, rows, progress, tile, shared)
+
+
+AHEAD = 24 << 20  # bytes, half of an H200's L2
+CHUNK = 32 << 10
+
+
+def bytes_ahead(stack: Tensor | Fp8Blocks, shared: int) -> int:
+    """How much of the first `shared` experts' weights is asked for before the plan is known, in whole CHUNKs."""
+    weights = stack.data[:shared]
+    return min(AHEAD, weights.numel() * weights.itemsize) // CHUNK * CHUNK
 
 
 def rows_and_scale(stack: Tensor | Fp8Blocks) -> tuple[Tensor, Tensor | None]:

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.linear.naive import LinearScratch
 from kernels.quant.naive import GROUP
 from kernels.sizes import cdiv
+from kernels.target import overlap
 from kernels.tl_ops import dot
 
 DEEP = tl.constexpr(8)  # tiles of tokens side by side, where there are several: they share the weights in the L2
@@ -135,7 +136,7 @@ def streaming(
         x.stride(0), 0 if x_scale is None else x_scale.stride(0),
         w.stride(0), 0 if w_scale is None else w_scale.stride(0), 0 if add is None else add.stride(0), out.stride(0),
         x_scale is not None, add is not None, tma, pdl, tile.get("prefetch", 0),
-        bm, bn, bk, splits, tile["stages"], num_warps=tile["warps"], **({"launch_pdl": True} if pdl else {}),
+        bm, bn, bk, splits, tile["stages"], num_warps=tile["warps"], **overlap(pdl),
     )  # fmt: skip
 
 

@@ -31,20 +31,6 @@ _POLLS = tl.constexpr(32)  # of a flag between two looks at the clock and the ab
 
 
 @triton.jit
-def begin(PDL: tl.constexpr):
-    """The first thing of a kernel: what the kernels before it wrote is visible from here on."""
-    if PDL:
-        cuda.gdc_wait()
-
-
-@triton.jit
-def let_next_begin(PDL: tl.constexpr):
-    """The next kernel's programs may take their places; they still wait in `begin` for this kernel's end."""
-    if PDL:
-        cuda.gdc_launch_dependents()
-
-
-@triton.jit
 def word_at(entry, COLUMN: tl.constexpr):
     """The int32 whose address the peer's table row holds."""
     return tl.load(entry + COLUMN).to(tl.pointer_type(tl.int32))

@@ -5,12 +5,13 @@ import triton.language as tl
 from torch import Tensor, int32
 
 from kernels.combine_norm.naive import SlotRows
-from kernels.link.flags import BASE, COLUMNS, FLAG, LIVE, all_heard, begin, let_next_begin, region_at, signal, word_at
+from kernels.link.flags import BASE, COLUMNS, FLAG, LIVE, all_heard, region_at, signal, word_at
 from kernels.link.layout import Region, SlabLayout
 from kernels.link.views import STEP, Peers
 from kernels.quant.naive import Fp8Rows
 from kernels.sizes import next_power_of_2
-from kernels.target import INTERPRETED, current, measured_tile
+from kernels.target import INTERPRETED, current, measured_tile, overlap
+from kernels.tl_ops import let_next_begin, wait_ahead
 
 WORKER, SHARD = 0, 1  # how many signals of the other side a wait wants beyond those we have given
 ONE_LAUNCH = 128  # tokens: up to here every program finds the place of its rows by itself
@@ -55,7 +56,7 @@ def _place(
 ):  # fmt: skip
     """For many tokens: all that `_dispatch` writes but the rows, by one program a peer."""
     peer = tl.program_id(0)
-    begin(PDL)
+    wait_ahead(PDL)
     entry = table + peer * COLUMNS
     live, base = tl.load(entry + LIVE) != 0, tl.load(entry + BASE)
     sends = live & (tl.load(ok) != 0)
@@ -90,7 +91,7 @@ def _dispatch(
 ):  # fmt: skip
     """Rows to the peers. TOKENS 0: `_place` has found their places; else, for few, each program does by itself."""
     index, peer, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    begin(PDL)
+    wait_ahead(PDL)
     let_next_begin(PDL)
     entry = table + peer * COLUMNS
     live, base, flag = tl.load(entry + LIVE) != 0, tl.load(entry + BASE), word_at(entry, FLAG)
@@ -138,7 +139,7 @@ def _wait(
     table, ok, budget, PEERS: tl.constexpr, LEAD: tl.constexpr, ARCH: tl.constexpr, EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    begin(PDL)
+    wait_ahead(PDL)
     let_next_begin(PDL and EARLY)
     all_heard(table, PEERS, LEAD, ok, budget, ARCH)
     let_next_begin(PDL and not EARLY)
@@ -147,7 +148,7 @@ def _wait(
 @triton.jit
 def _combine(rows, slots, out, hidden, PEERS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
-    begin(PDL)
+    wait_ahead(PDL)
     let_next_begin(PDL)
     slot = ()
     for peer in tl.static_range(PEERS):
@@ -166,7 +167,7 @@ def _give_back(
     TOPK: tl.constexpr, BLOCK: tl.constexpr, TICKET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     index, programs = tl.program_id(0), tl.num_programs(0)
-    begin(PDL)
+    wait_ahead(PDL)
     let_next_begin(PDL)
     base, flag, asked = tl.load(table + BASE), word_at(table, FLAG), tl.minimum(tl.load(count), bound)
     answers = (tl.load(table + LIVE) != 0) & (tl.load(ok) != 0)
@@ -218,7 +219,7 @@ def dispatch(
     if block:
         _place[(len(peers),)](
             ids, weights, owner, slots, peers.table, peers.ok, tokens, *places,
-            len(peers), topk, k, block, pdl, num_warps=8, **_launch(pdl),
+            len(peers), topk, k, block, pdl, num_warps=8, **overlap(pdl),
         )  # fmt: skip
     programs = min(tile["programs"], tokens)
     ticket = bool(tile["ticket"]) and programs > 1
@@ -226,7 +227,7 @@ def dispatch(
         words, scale, ids, weights, owner, slots, peers.table, peers.tickets, peers.ok,
         tokens, width, groups, there.data, there.scale, *places,
         len(peers), topk, k, 0 if block else next_power_of_2(tokens), next_power_of_2(width),
-        next_power_of_2(groups), ticket, pdl, num_warps=tile["warps"], **_launch(pdl),
+        next_power_of_2(groups), ticket, pdl, num_warps=tile["warps"], **overlap(pdl),
     )  # fmt: skip
 
 
@@ -262,7 +263,7 @@ def combine(
     hidden, pdl = out.shape[1], bool(tile and tile["pdl"])
     _combine[(tokens,)](
         replies, slots, out, hidden, count, next_power_of_2(hidden), pdl,
-        num_warps=tile["warps"] if tile else 8, **_launch(pdl),
+        num_warps=tile["warps"] if tile else 8, **overlap(pdl),
     )  # fmt: skip
 
 
@@ -287,13 +288,13 @@ def give_back(
     _give_back[(programs,)](
         rows, places, count, peers.table, peers.tickets, peers.ok, bound, hidden,
         layout.region(region).reply * hidden * 2, topk, next_power_of_2(hidden), ticket, pdl,
-        num_warps=tile["warps"], **_launch(pdl),
+        num_warps=tile["warps"], **overlap(pdl),
     )  # fmt: skip
 
 
 def _launch_wait(peers: Peers, lead: int, early: bool, pdl: bool) -> None:
     _wait[(1,)](
-        peers.table, peers.ok, peers.budget, len(peers), lead, current().arch, early, pdl, num_warps=1, **_launch(pdl)
+        peers.table, peers.ok, peers.budget, len(peers), lead, current().arch, early, pdl, num_warps=1, **overlap(pdl)
     )
 
 
@@ -328,8 +329,3 @@ def candidates(tokens: int) -> list[dict[str, int]]:
             else ((132, 8, 0), (264, 8, 0), (264, 8, 1), (264, 4, 0), (528, 4, 0))
         )
     ]  # fmt: skip
-
-
-def _launch(pdl: bool) -> dict[str, bool]:
-    """Only NVIDIA's launches know the option."""
-    return {"launch_pdl": True} if pdl else {}

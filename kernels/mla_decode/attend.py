@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from kernels.quant.naive import GROUP
-from kernels.tl_ops import dot
+from kernels.tl_ops import dot, let_next_begin, wait_ahead
 
 _GROUP = tl.constexpr(GROUP)
 
@@ -59,9 +58,8 @@ def attention(
     FP8: tl.constexpr, PAGE: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     tile, part = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    wait_ahead(PDL)
+    let_next_begin(PDL)
     request, page = tl.load(begin + 2 * part), tl.load(begin + 2 * part + 1)
     end, end_page = tl.load(begin + 2 * part + 2), tl.load(begin + 2 * part + 3)
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -150,12 +148,11 @@ def join(
     KV_LORA: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out = the mean of a request's pieces, weighted by 2^lse. A program does ROWS rows, DEEP pieces at a time."""
+    let_next_begin(PDL)
     tiles = tl.cdiv(rows, ROWS)
     item, items = tl.program_id(0), tl.load(count) * tiles
     request, first, last = _join(joins, item, items, tiles)
-    if PDL:  # `attention` lets this launch begin only after its own wait: the plan was there
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    wait_ahead(PDL)  # `attention` lets this launch begin only after its own wait: the plan was there
     column = tl.arange(0, KV_LORA)[None, :]
     while item < items:
         row = item % tiles * ROWS + tl.arange(0, ROWS)

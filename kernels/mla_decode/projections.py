@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from kernels.sizes import cdiv, next_power_of_2
-from kernels.tl_ops import dot
+from kernels.target import overlap
+from kernels.tl_ops import dot, let_next_begin, wait_ahead
 
 
 @triton.jit
@@ -21,14 +21,13 @@ def _per_head(
     TAIL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[t, h, :n] = x[t, h, :k] w[h]; out[t, h, n:] = x[t, h, k:], TAIL columns."""
+    let_next_begin(PDL)
     tiles = tl.cdiv(n, BN)
     head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     along, column = tl.arange(0, BK), tile * BN + tl.arange(0, BN)
     at = w + head.to(tl.int64) * w_head + along[:, None] * w_k + column[None, :] * w_n
     weight = tl.load(at, mask=(along < k)[:, None] & (column < n)[None, :], other=0.0)
-    if PDL:
-        cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
+    wait_ahead(PDL)
     for first in range(tl.program_id(1) * BM, tokens, tl.num_programs(1) * BM):
         token = first + tl.arange(0, BM)
         source = x + token.to(tl.int64)[:, None] * x_token + head * x_head
@@ -52,5 +51,5 @@ def per_head(x, w, out, tile: dict[str, int], pdl: bool) -> None:
     _per_head[(heads * cdiv(n, tile["bn"]), 1)](
         x, w, out, tokens, k, n, x.stride(0), x.stride(1), *w.stride(), out.stride(0), out.stride(1),
         tail, tile["bm"], tile["bn"], max(16, next_power_of_2(k)), pdl, num_warps=tile["warps"],
-        **({"launch_pdl": True} if pdl else {}),
+        **overlap(pdl),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from kernels.mla_decode.attend import attention, join
 from kernels.mla_decode.plan import DecodePlan, plan_decode
 from kernels.mla_decode.projections import per_head
 from kernels.sizes import cdiv, next_power_of_2
-from kernels.target import INTERPRETED, current, measured_tile
+from kernels.target import INTERPRETED, current, measured_tile, overlap, overlaps
 
 __all__ = ["attend", "candidates", "decode_plan", "mla_decode", "plan_decode", "project", "projection_candidates"]
 
@@ -85,7 +85,7 @@ def attend(
     if not n:
         return
     kv_lora, rows, tile, fp8 = out.shape[3], q_tokens * heads, plan.tile, isinstance(cache, Fp8Latent)
-    pdl = current().arch == "sm_90" and not INTERPRETED
+    pdl = overlaps()
     if isinstance(cache, Fp8Latent):
         latents, keys, scales, scale_pitch = cache.data, cache.rope, cache.scale, cache.scale.stride(0)
     else:
@@ -101,20 +101,15 @@ def attend(
         attention[grid](
             q, latents, keys, scales, *shared, block_table.stride(0), latents.stride(0), latents.stride(1),
             keys.stride(0), keys.stride(1), scale_pitch, *sizes, tile["tokens"], tile["rows"] < 64, fp8, PAGE, pdl,
-            tile["stages"], num_warps=tile["warps"], **_pdl(pdl),
+            tile["stages"], num_warps=tile["warps"], **overlap(pdl),
         )  # fmt: skip
     most, programs = min(n, plan.parts) * rows, 8 * current().processors
     deep = 32 if most <= 2 * current().processors else 16  # few rows may have many pieces
     join_rows = max(1, 16384 // (deep * kv_lora))
     join[(min(programs, cdiv(most, join_rows)),)](
         plan.joins, plan.count, plan.pieces, plan.lse, out, rows, plan.lse.shape[1], kv_lora, join_rows, deep, pdl,
-        num_warps=4, **_pdl(pdl),
+        num_warps=4, **overlap(pdl),
     )  # fmt: skip
-
-
-def _pdl(on: bool) -> dict[str, bool]:
-    """The launch may begin before the one ahead of it has ended; its kernel waits where it must."""
-    return {"launch_pdl": True} if on else {}
 
 
 def mla_decode(
@@ -142,7 +137,7 @@ def mla_decode(
 def project(x: Tensor, w: Tensor, out: Tensor, tile: dict[str, int] | None = None) -> None:
     """out[t, h] = x[t, h, :k] w[h], then what x holds past its first k columns."""
     tile = tile or projection_rule(len(x), *w.shape)
-    per_head(x, w, out, tile, current().arch == "sm_90" and not INTERPRETED)
+    per_head(x, w, out, tile, overlaps())
 
 
 def projection_rule(tokens: int, heads: int, k: int, n: int) -> dict[str, int]:

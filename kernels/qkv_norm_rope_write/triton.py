@@ -13,7 +13,8 @@ from kernels.qkv_norm_rope_write.naive import LATENT_EPS, QkvWeights
 from kernels.quant.naive import GROUP, Fp8Rows
 from kernels.quant.triton import quantise_groups
 from kernels.sizes import cdiv, next_power_of_2
-from kernels.target import measured_tile
+from kernels.target import measured_tile, overlap, overlaps
+from kernels.tl_ops import let_next_begin, wait_ahead
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,15 @@ def _norm_rope_write(
     rows, queries, stride, row_bias, q_bias, kv_norm, q_norm, turns, positions, write, cache, q, q_scale,
     q_width, heads, eps,
     KV: tl.constexpr, ROPE: tl.constexpr, NOPE: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, HEADS: tl.constexpr, NOPE_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, HEADS: tl.constexpr, NOPE_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (t, 0) writes token t's row of the cache; (t, 1) norms its low-rank query, or (t, 1 ..) turn HEADS of its
     queries each."""
     t, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    cos_sin = _turn(turns, positions, t, ROPE)
+    let_next_begin(PDL)
+    cos_sin, row = _turn(turns, positions, t, ROPE), tl.load(write + t).to(tl.int64)  # the step's, written long ago
+    wait_ahead(PDL)
     if part == 0:
-        row = tl.load(write + t).to(tl.int64)
         if row >= 0:
             _write_row(rows + t * stride, row_bias, kv_norm, cos_sin, cache, row, eps, KV, ROPE, GROUP)
     elif q_norm is not None:
@@ -138,12 +140,14 @@ def _copy_nope(
 @triton.jit
 def _rope_q(
     q, turns, positions, out, heads, out_token, out_head,
-    ROPE: tl.constexpr, NOPE: tl.constexpr, HEADS: tl.constexpr,
+    ROPE: tl.constexpr, NOPE: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     HEAD: tl.constexpr = NOPE + ROPE
     source = q + (t * heads + first) * HEAD + NOPE
+    let_next_begin(PDL)
     cos_sin = _turn(turns, positions, t, ROPE)
+    wait_ahead(PDL)
     head, within, inside, turned = _rotated(source, None, cos_sin, heads - first, HEAD, HEADS, ROPE)
     tl.store(out + t * out_token + (first + head) * out_head + within, turned, mask=inside)
 
@@ -175,7 +179,7 @@ def norm_rope_write(
     if not tokens:
         return
     kv_lora = len(w.kv_norm)
-    rope = row.shape[1] - kv_lora
+    rope, pdl = row.shape[1] - kv_lora, overlaps()
     tile = tile or measured_tile(__file__, shape_name(q_width, w.q_norm is not None), tokens) or tile_rule(tokens)
     out, scale = (q.data, q.scale) if isinstance(q, Fp8Rows) else (q, None)
     heads, head = (1, rope) if w.q_norm is not None else out.shape[1:]
@@ -188,8 +192,8 @@ def norm_rope_write(
     _norm_rope_write[(tokens, 1 + parts)](
         row, queries, row.stride(0), row_bias, q_bias, w.kv_norm, w.q_norm,
         torch.view_as_real(turns), positions, write, _planes(cache, kv_lora), out, scale, q_width, heads, LATENT_EPS,
-        kv_lora, rope, head - rope, GROUP, width, block, next_power_of_2(max(1, head - rope)),
-        num_warps=tile["warps"],
+        kv_lora, rope, head - rope, GROUP, width, block, next_power_of_2(max(1, head - rope)), pdl,
+        num_warps=tile["warps"], **overlap(pdl),
     )  # fmt: skip
 
 
@@ -198,11 +202,11 @@ def rope_q(q: Tensor, turns: Tensor, out: Tensor, positions: Tensor | None = Non
     tokens, heads, head = q.shape
     rope = out.shape[2]
     assert q.is_contiguous() and out.stride(2) == 1
-    block = min(32, next_power_of_2(heads))
+    block, pdl = min(32, next_power_of_2(heads)), overlaps()
     if tokens:
         _rope_q[(tokens, cdiv(heads, block))](
             q, torch.view_as_real(turns), positions, out, heads, out.stride(0), out.stride(1),
-            rope, head - rope, block, num_warps=max(1, block // 8),
+            rope, head - rope, block, pdl, num_warps=max(1, block // 8), **overlap(pdl),
         )  # fmt: skip
 
 

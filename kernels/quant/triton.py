@@ -6,7 +6,8 @@ from torch import Tensor
 
 from kernels.quant.naive import GROUP, Fp8Rows
 from kernels.sizes import cdiv, next_power_of_2
-from kernels.tl_ops import fp8_max, to_fp8
+from kernels.target import overlap, overlaps
+from kernels.tl_ops import fp8_max, let_next_begin, to_fp8, wait_ahead
 
 
 @triton.jit
@@ -18,7 +19,11 @@ def quantise_groups(x, dtype: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.conste
 
 
 @triton.jit
-def _quantise_rows(x, data, scale, width, stride, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def _quantise_rows(
+    x, data, scale, width, stride, GROUP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    let_next_begin(PDL)
+    wait_ahead(PDL)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = part * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x + row * stride + at, mask=at < width, other=0.0).to(tl.float32)
@@ -30,8 +35,8 @@ def _quantise_rows(x, data, scale, width, stride, GROUP: tl.constexpr, BLOCK: tl
 
 def quantise_rows(x: Tensor, out: Fp8Rows) -> None:
     rows, width = x.shape
-    block = min(1024, next_power_of_2(width))
+    block, pdl = min(1024, next_power_of_2(width)), overlaps()
     if rows:
         _quantise_rows[(rows, cdiv(width, block))](
-            x, out.data, out.scale, width, x.stride(0), GROUP, block, num_warps=4
+            x, out.data, out.scale, width, x.stride(0), GROUP, block, pdl, num_warps=4, **overlap(pdl)
         )

@@ -6,15 +6,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 
 from kernels.expert_plan.naive import ExpertPlan
 from kernels.expert_plan.triton import padded_held, plan_experts, plan_from_bits, plan_one_token, slot_of
 from kernels.route.naive import WORDS, RouteScratch, Routing
 from kernels.route.tiles import tile_for
 from kernels.sizes import cdiv, next_power_of_2
-from kernels.target import INTERPRETED, current
-from kernels.tl_ops import dot
+from kernels.target import overlap, overlaps
+from kernels.tl_ops import dot, let_next_begin, wait_ahead
 
 LOWEST = tl.constexpr(-(2**31))
 
@@ -36,20 +35,17 @@ def _product(
     w_at, x_at = w + e[:, None] * w_stride + k[None, :], x + t.to(tl.int64)[:, None] * x_stride + k[None, :]
     wide: tl.constexpr = x.dtype != w.dtype
     acc = tl.zeros([BN, BM], tl.float32)
+    let_next_begin(PDL)
     if STEPS == 1:
         # Weights never change: they may come while the launch before this one still runs.
         weight = _load(w_at, e, experts, k, hidden)
-        if PDL:
-            cuda.gdc_wait()
-            cuda.gdc_launch_dependents()
+        wait_ahead(PDL)
         row = _load(x_at, t, tokens, k, hidden)
         if wide:
             weight, row = weight.to(tl.float32), row.to(tl.float32)
         acc = dot(weight, row.T, acc)
     else:
-        if PDL:
-            cuda.gdc_wait()
-            cuda.gdc_launch_dependents()
+        wait_ahead(PDL)
         for step in tl.range(0, STEPS, num_stages=STAGES):
             weight = _load(w_at + step * BK, e, experts, k + step * BK, hidden)
             row = _load(x_at + step * BK, t, tokens, k + step * BK, hidden)
@@ -113,6 +109,7 @@ def _choose(
     """One token. Experts lie as [G groups, SIZE], both padded to powers of two; MEMBERS of a group are real.
     PLAN: 0 none, 1 of the only token, 2 of all tokens by whoever comes last."""
     t = tl.program_id(0)
+    let_next_begin(PDL)
     at, k = tl.arange(0, G * SIZE), tl.arange(0, K)
     expert = at // SIZE * MEMBERS + at % SIZE
     real = (at % SIZE < MEMBERS) & (expert < experts)
@@ -123,9 +120,7 @@ def _choose(
     if PLAN:
         slot = slot_of(expert, slots, entries, held)
         shared_slot = slot_of(experts + k - TOPK, slots, entries, held)
-    if PDL:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    wait_ahead(PDL)
 
     logits = _add_splits(partials, t, tokens, experts, expert, real, SPLITS, STEP, G * SIZE)
     if SIGMOID:
@@ -167,9 +162,8 @@ def _choose(
 
 
 def _options(tile: dict[str, int], warps: str) -> dict:
-    """launch_pdl: the launch may begin before the one ahead of it has ended; its kernel waits where it must."""
-    pdl = current().arch == "sm_90" and not INTERPRETED
-    return {"PDL": pdl, "num_warps": tile[warps]} | ({"launch_pdl": True} if pdl else {})
+    pdl = overlaps()
+    return {"PDL": pdl, "num_warps": tile[warps]} | overlap(pdl)
 
 
 def product(x: Tensor, w_gate: Tensor, scratch: RouteScratch, tile: dict[str, int]) -> int:
@@ -221,7 +215,7 @@ def route(
     plan: ExpertPlan | None = None, slots: Tensor | None = None, held: int = 0, scratch: RouteScratch | None = None,
     tile: dict[str, int] | None = None,
 ) -> None:  # fmt: skip
-    """w_gate, bias and slots may not be written by the launch just ahead of this one: they are read before it ends."""
+    """w_gate, bias and slots may not be written by launches just ahead of this one: they are read before those end."""
     (tokens, hidden), experts = x.shape, w_gate.shape[1]
     if scratch is None or (plan is not None and slots is None):
         raise ValueError("route on a GPU needs scratch, and a plan needs slots")

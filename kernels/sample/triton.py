@@ -10,7 +10,7 @@ from kernels.sample.naive import Logprobs, Penalties, SampleParams
 from kernels.sample.nucleus import TRIES, weigh
 from kernels.sample.scan import scan
 from kernels.sizes import cdiv, next_power_of_2
-from kernels.target import INTERPRETED, current, measured_tile
+from kernels.target import INTERPRETED, current, measured_tile, overlap, overlaps
 
 GROUP = 32  # tokens whose maximum is kept: one line of memory, one word of a mask
 CHUNK = 128  # groups that the last launch holds in registers
@@ -92,22 +92,22 @@ def sample(
     wanted = tops = None
     if logs is not None:
         wanted, tops = logs.wanted, (logs.chosen, logs.ids, logs.values, logs.ids.shape[1])
-    approx, pdl = not INTERPRETED and current().arch.startswith("sm"), not INTERPRETED and current().arch == "sm_90"
+    approx, pdl = not INTERPRETED and current().arch.startswith("sm"), overlaps()
     block, padded = tile["BLOCK"], next_power_of_2(blocks)
     part = max(1, tile["PART"] // block)  # blocks
     parts = cdiv(blocks, part)
-    overlap: dict = {"PDL": pdl} | ({"launch_pdl": True} if pdl else {})
+    early: dict = {"PDL": pdl} | overlap(pdl)
     scan[(blocks, rows)](
         inputs, rules, wanted, scratch.tensors(), most_bans, approx, GROUP, block,
-        min(32 * tile["warps"], block // 4), num_warps=tile["warps"], **overlap,
+        min(32 * tile["warps"], block // 4), num_warps=tile["warps"], **early,
         **({"maxnreg": tile["maxnreg"]} if pdl and penalties is None and mask is None else {}),
     )  # fmt: skip
     if rules is not None:
         weigh[(rows, parts)](
             inputs, rules, scratch.tensors(), blocks, most_bans, block, padded, part,
-            num_warps=tile["weigh_warps"], **overlap,
+            num_warps=tile["weigh_warps"], **early,
         )  # fmt: skip
     finish[(rows,)](
         inputs, rules, out, wanted, tops, scratch.tensors(), blocks, parts, most_bans, approx, GROUP, block, padded,
-        next_power_of_2(parts), next_power_of_2(groups), CHUNK, num_warps=tile["finish_warps"], **overlap,
+        next_power_of_2(parts), next_power_of_2(groups), CHUNK, num_warps=tile["finish_warps"], **early,
     )  # fmt: skip

@@ -36,8 +36,9 @@ def load_stack(
     fp8: bool,
     progress: Progress | None = None,
 ) -> ExpertStack:
-    """The routed experts of these ids in this order; with `shared`, the layer's shared experts behind them, as experts
-    of ids config.experts on. `fp8`: in blocks of 8 bits, quantised here if the source has them wider; else bf16.
+    """The routed experts of these ids in this order; with `shared`, the layer's shared experts before them, as experts
+    of ids config.experts on: kernels fetch their weights before a token's choice is known. `fp8`: in blocks of 8 bits,
+    quantised here if the source has them wider; else bf16.
 
     `progress` is told of bytes read. Raises ConfigError naming a tensor that is missing or has another shape.
     """
@@ -49,7 +50,7 @@ def load_stack(
     gate_up = empty((held, 2 * inter, hidden), torch.bfloat16, device, fp8=fp8)
     down = empty((held, hidden, inter), torch.bfloat16, device, fp8=fp8)
     reads = []
-    for slot, expert in enumerate(experts):
+    for slot, expert in enumerate(experts, extra):
         gate_name, up_name, down_name = names(layer, expert)
         both = expert_of(gate_up, slot)
         reads += [Read(gate_name, rows_of(both, 0, inter)), Read(up_name, rows_of(both, inter, 2 * inter))]
@@ -58,8 +59,8 @@ def load_stack(
     source.fill(reads + (wide.reads if wide else []), progress)
     for i in range(extra):
         assert wide is not None
-        wide.cut(i, expert_of(gate_up, len(experts) + i), expert_of(down, len(experts) + i))
-    ids = [*experts, *range(config.experts, config.experts + extra)]
+        wide.cut(i, expert_of(gate_up, i), expert_of(down, i))
+    ids = [*range(config.experts, config.experts + extra), *experts]
     slots = slot_table({expert: slot for slot, expert in enumerate(ids)}, config.experts + extra)
     return ExpertStack(transposed(gate_up), transposed(down), slots.to(device))
 

@@ -56,7 +56,7 @@ class DeviceLink:
         from kernels.link.triton import wait
 
         wait(self.peers, self.layout, len(slots))
-        return SlotRows(self._replies, slots)
+        return SlotRows(self._replies, slots, awaited=True)
 
     # ---- between passes
 

@@ -40,7 +40,7 @@ Cache = Sequence[Tensor | Fp8Latent]  # a layer's pages each
 
 
 class Stack(Protocol):
-    """A layer's routed experts where they are in this process, and after them the shared ones, unless those are among
+    """A layer's routed experts where they are in this process, and before them the shared ones, unless those are among
     the worker's own weights."""
 
     @property

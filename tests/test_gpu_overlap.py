@@ -1,0 +1,87 @@
+"""Launches of a decode step that overlap give bitwise what the same launches give one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.shapes import write_config
+from common.model_config import ModelConfig
+from common.pages import PAGE
+from common.source import open_source
+from services.expert_shard.stacks import load_stacks
+from services.gpu_worker.weights import load_weights
+
+pytestmark = pytest.mark.gpu
+
+MOST, CONTEXT = 64, 1500
+STEPS = 40  # of each bucket, every one with tokens and contexts of its own
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Triton's launches: each has ended before the next is made."""
+    import triton
+
+    launch = triton.JITFunction.run
+
+    def run(self: Any, *args: Any, **options: Any) -> Any:
+        launched = launch(self, *args, **options)
+        torch.cuda.synchronize()
+        return launched
+
+    triton.JITFunction.run = run
+    try:
+        yield
+    finally:
+        triton.JITFunction.run = launch
+
+
+@pytest.fixture(scope="module", params=["v2-lite", "r1"])
+def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Full widths, so that launches compete for the processors, and two sparse layers."""
+    from services.gpu_worker.graphs import GpuRunner
+    from services.gpu_worker.model import Model
+    from services.gpu_worker.sampler import Sampler
+
+    layers = {"v2-lite": 3, "r1": 5}[request.param]
+    folder = write_config(request.param, layers, tmp_path_factory.mktemp("shape"))
+    config = ModelConfig.load(folder, weights="random")
+    source = open_source(folder, config, "random")
+    with torch.inference_mode():
+        stacks = load_stacks(config, source, range(config.experts), "cuda", shared=True, fp8=config.fp8)
+        model = Model(config, load_weights(config, source, "cuda", shared=False), stacks=stacks)
+        cache = model.new_cache(MOST * -(-CONTEXT // PAGE))
+        for pages in cache:
+            pages.normal_()
+        sampler = Sampler(config, max_batch=MOST, threads=1, device="cuda")
+        yield GpuRunner(model, cache, sampler, max_batch=MOST, max_context=CONTEXT)
+    del model, cache, stacks, sampler
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8, 16, 64])
+def test_a_step_is_the_same_as_its_launches_one_by_one(runner: Any, rows: int) -> None:
+    torch.manual_seed(rows)
+    runner._blank(MOST)
+    step, given, table = runner._prepare(rows), runner._inputs.on_device, runner._table.on_device
+    table.copy_(torch.randperm(table.numel(), device="cuda").view_as(table))
+    with torch.inference_mode():
+        graph = runner._graph(step.forward)
+        for number in range(STEPS):
+            context = torch.randint(1, CONTEXT, (rows,), device="cuda")
+            given["tokens"][:rows] = torch.randint(runner._model.config.vocab, (rows,), device="cuda")
+            given["context"][:rows], given["positions"][:rows] = context, context - 1
+            page = table[:rows].gather(1, ((context - 1) // PAGE)[:, None])[:, 0]
+            given["write"][:rows] = page * PAGE + (context - 1) % PAGE
+            with one_by_one():
+                step.forward()
+            want = step.logits.clone()
+            for _ in range(3):
+                step.logits.fill_(torch.nan)
+                graph.replay()
+                assert torch.equal(step.logits, want), f"step {number}: {(step.logits != want).sum()} logits differ"
