@@ -122,7 +122,9 @@ def memory_kb(pid: int) -> int:
 
 
 def die_with_parent() -> None:
-    """A benchmark or test that is itself killed must not leave a cluster running."""
+    """A benchmark or test that is itself killed must not leave a cluster running; one that a shell runs in the
+    background ignores SIGINT, by which the cluster is ended."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 

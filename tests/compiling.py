@@ -4,6 +4,7 @@ a kernel that was defined under the interpreter cannot be compiled."""
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ class Compiled:
     binary: str  # kind of machine code: cubin or hsaco
     registers: int = 0  # a thread; sm_90 alone
     spilled: int = 0  # bytes of stack a thread; sm_90 alone
+    races: bool = False  # as `captures_race` finds; sm_90 alone
 
 
 def pretend(target: str) -> None:
@@ -64,8 +66,26 @@ def compile_cases(module: str, target: str) -> list[Compiled]:
             usage = _usage(kernel.asm["cubin"], name) if kind == "cubin" else (0, 0)
             assert kernel.asm[kind]
             shared = kernel.metadata.shared
-            found.append(Compiled(case.name, case.hot, name, shared, current().shared, kind, *usage))
+            races = kind == "cubin" and captures_race(kernel.asm["ptx"])
+            found.append(Compiled(case.name, case.hot, name, shared, current().shared, kind, *usage, races))
     return found
+
+
+def captures_race(ptx: str) -> bool:
+    """Whether, before partitions start (barrier 1), something is stored in shared memory where since the last barrier
+    something was read: Triton 3.6 puts what partitions are given where the result of a scalar atomic is."""
+    if "barrier.sync \t1;" not in ptx:
+        return False
+    read: set[str] = set()
+    for line in ptx.split("barrier.sync \t1;")[0].splitlines():
+        if "bar.sync" in line:
+            read.clear()
+        elif place := re.search(r"(ld|st)\.shared\S* .*\[global_smem\+(\d+)\]", line):
+            if place[1] == "ld":
+                read.add(place[2])
+            elif place[2] in read:
+                return True
+    return False
 
 
 def _usage(cubin: bytes, name: str) -> tuple[int, int]:

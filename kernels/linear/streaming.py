@@ -10,14 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.linear.naive import LinearScratch
 from kernels.quant.naive import GROUP
 from kernels.sizes import cdiv
 from kernels.target import overlap
-from kernels.tl_ops import dot
+from kernels.tl_ops import dot, let_next_begin, wait_ahead
 
 DEEP = tl.constexpr(8)  # tiles of tokens side by side, where there are several: they share the weights in the L2
 
@@ -82,12 +81,10 @@ def _streaming(
     tile, split = tl.program_id(0), tl.program_id(1)
     token, column = _tile(tile, tokens, n, BM, BN)
     first, last = split * (k // BK) // SPLITS, (split + 1) * (k // BK) // SPLITS
-    if PDL:
-        cuda.gdc_launch_dependents()
+    let_next_begin(PDL)
     if PREFETCH:
         _prefetch(weights, w_stride, n, column, first * BK, tl.minimum((last - first) * BK, PREFETCH), BN)
-    if PDL:
-        cuda.gdc_wait()  # only weights, which never change, are touched before the launches ahead of this one end
+    wait_ahead(PDL)  # only weights, which never change, are touched before the launches ahead of this one end
     t, c = token + tl.arange(0, BM), column + tl.arange(0, BN)
     acc = tl.zeros([BN, BM], tl.float32)
     for i in tl.range(first, last, num_stages=STAGES):

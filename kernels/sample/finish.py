@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from kernels.sample.nucleus import first_left, is_nucleus
 from kernels.sample.row import (
@@ -27,6 +26,7 @@ from kernels.sample.row import (
     ordered,
     unordered,
 )
+from kernels.tl_ops import let_next_begin, wait_ahead
 
 NOTHING = tl.constexpr(-2139095041)  # ordered(-inf)
 
@@ -39,9 +39,8 @@ def finish(
 ):  # fmt: skip
     best, best_id, blocks_mass, maxima, raw_best, raw_mass, raw_maxima, found, _scores, _values, _above = scratch
     s, vocab = tl.program_id(0).to(tl.int64), inputs[2]
-    if PDL:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    wait_ahead(PDL)
+    let_next_begin(PDL)
     groups = tl.cdiv(vocab, GROUP)
     found += s * groups
     at = tl.arange(0, BLOCKS)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from kernels.sample.row import adjusted, first_best, limits, mass, noisiest
+from kernels.tl_ops import let_next_begin, wait_ahead
 
 TRIES = tl.constexpr(4)
 BEST, BEST_ID, SCORES, VALUES, ABOVE = (tl.constexpr(i) for i in (0, 1, 8, 9, 10))  # of SampleScratch's fields
@@ -26,9 +26,8 @@ def weigh(
 ):  # fmt: skip
     """Program (row, part of PART blocks). above[s, part, i] = mass of its tokens better than the row's candidate i."""
     s, part, vocab = tl.program_id(0).to(tl.int64), tl.program_id(1), inputs[2]
-    if PDL:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    wait_ahead(PDL)
+    let_next_begin(PDL)
     if is_nucleus(rules, s):
         first = part * (PART * BLOCK)
         ids, k = first + tl.arange(0, PART * BLOCK), tl.arange(0, TRIES)

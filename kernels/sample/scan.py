@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra import cuda
 
 from kernels.sample.nucleus import is_nucleus
 from kernels.sample.row import adjusted, first_best, limits, mass, noise_key, noisiest_of_block
+from kernels.tl_ops import let_next_begin, wait_ahead
 
 
 @triton.jit
@@ -23,9 +23,8 @@ def scan(
     best, best_id, blocks_mass, maxima, raw_best, raw_mass, raw_maxima, _found, scores, values, _above = scratch
     block, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     vocab = inputs[2]
-    if PDL:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
+    wait_ahead(PDL)
+    let_next_begin(PDL)
     ids = block * BLOCK + tl.arange(0, BLOCK)
     here = s * tl.num_programs(0) + block
     groups = block * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)

@@ -22,10 +22,10 @@ def stack(rows: int, columns: int, fp8: bool) -> Tensor | Fp8Blocks:
     return Fp8Blocks(torch.empty(HELD, columns, rows, dtype=current().fp8).mT, scale)
 
 
-def launch(hidden: int, inter: int, topk: int, fp8: bool, tile: dict) -> None:
+def launch(hidden: int, inter: int, topk: int, fp8: bool, tile: dict, shared: int = 0) -> None:
     tokens = 8 if "both" in tile else 16
     x: Tensor | Fp8Rows = torch.empty(tokens, hidden, dtype=torch.bfloat16)
-    work = ExpertWork.empty(tokens, topk, HELD, hidden, inter, False, "cpu", tile=tile)
+    work = ExpertWork.empty(tokens, topk, HELD, hidden, inter, False, "cpu", tile=tile, shared=shared)
     if fp8:
         x = Fp8Rows.empty(tokens, hidden, "cpu", current().fp8)
         act = Fp8Rows.empty(tokens * topk, inter, "cpu", current().fp8)
@@ -43,7 +43,7 @@ def case(name: str, shape: tuple[int, int, int, bool], experts: int, tokens: int
     hidden, inter, topk, fp8 = shape
     hot = tokens * topk <= 24 * experts
     return Case(
-        f"{name}, {tokens} tokens", lambda: launch(*shape, tile_rule(tokens, topk, experts, hidden, inter, fp8)), hot
+        f"{name}, {tokens} tokens", lambda: launch(*shape, tile_rule(tokens, topk, experts, hidden, inter, fp8), 1), hot
     )
 
 
@@ -51,7 +51,7 @@ CASES = [case("R1", R1, 256, tokens) for tokens in (1, 512, 1024, 4096)]
 CASES += [case("V2-Lite", V2_LITE, 64, tokens) for tokens in (1, 256, 512, 1024)]
 if current().arch == "sm_90":
     CASES += [
-        Case(f"{name}, one launch", lambda shape=shape, stages=stages: launch(*shape, one_launch(stages)), hot=True)
+        Case(f"{name}, one launch", lambda shape=shape, stages=stages: launch(*shape, one_launch(stages), 1), hot=True)
         for name, shape, stages in (("R1", R1, 6), ("V2-Lite", V2_LITE, 13))
     ]
 
