@@ -24,6 +24,7 @@ class Compiled:
     registers: int = 0  # a thread; sm_90 alone
     spilled: int = 0  # bytes of stack a thread; sm_90 alone
     races: bool = False  # as `captures_race` finds; sm_90 alone
+    waits: bool = True  # if it may begin before the launch ahead of it has ended
 
 
 def pretend(target: str) -> None:
@@ -51,7 +52,9 @@ def compile_cases(module: str, target: str) -> list[Compiled]:
     launched: list = []
 
     def run(self, *args, grid, warmup, **kwargs):
-        launched.append((self.fn.__name__, compile_only(self, *args, grid=grid, warmup=True, **kwargs)))
+        compiled = compile_only(self, *args, grid=grid, warmup=True, **kwargs)
+        waits = not kwargs.get("launch_pdl") or "griddepcontrol.wait" in compiled.asm["ptx"]
+        launched.append((self.fn.__name__, compiled, waits))
 
     triton.JITFunction.run = run
     from kernels.target import current
@@ -61,13 +64,13 @@ def compile_cases(module: str, target: str) -> list[Compiled]:
         launched.clear()
         case.launch()
         assert launched, f"{module}: case {case.name} launched nothing"
-        for name, kernel in launched:
+        for name, kernel, waits in launched:
             kind = "cubin" if target.startswith("sm") else "hsaco"
             usage = _usage(kernel.asm["cubin"], name) if kind == "cubin" else (0, 0)
             assert kernel.asm[kind]
             shared = kernel.metadata.shared
             races = kind == "cubin" and captures_race(kernel.asm["ptx"])
-            found.append(Compiled(case.name, case.hot, name, shared, current().shared, kind, *usage, races))
+            found.append(Compiled(case.name, case.hot, name, shared, current().shared, kind, *usage, races, waits))
     return found
 
 

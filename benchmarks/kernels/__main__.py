@@ -83,6 +83,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540.0, help="start no further case after so long")
     parser.add_argument("--json", type=Path, help="write all figures there too")
     arguments = parser.parse_args()
+    ops = arguments.ops.split(",") if arguments.ops else sorted(set(OPS) - NOT_OPS)
+    if unknown := set(ops) - (set(OPS) - NOT_OPS):
+        parser.error(f"no such kernel: {', '.join(sorted(unknown))}")
+    if not torch.cuda.is_available():
+        parser.error("this measures on a GPU, and PyTorch finds none")
     started, rows = time.monotonic(), []
     ceiling = ceilings()
     head = [
@@ -95,7 +100,6 @@ def main() -> None:
         "|---|---|--:|--:|--:|---|--:|---|",
     ]
     print("\n".join(head), flush=True)
-    ops = arguments.ops.split(",") if arguments.ops else sorted(set(OPS) - NOT_OPS)
     for op in ops:
         for case in importlib.import_module(f"benchmarks.kernels.{op}").cases():
             if arguments.only not in case.shape:
@@ -106,6 +110,8 @@ def main() -> None:
             before = time.monotonic()
             if arguments.tune and case.tuned is not None:
                 tune(case, progress)
+            elif arguments.tune:
+                progress(f"{op} {case.shape}: has no tiles to choose from")
             rows.append(run(case, not arguments.no_peers, arguments.check))
             print(line(rows[-1], ceiling), flush=True)
             progress(f"{time.monotonic() - started:6.1f} s  {op} {case.shape}: {time.monotonic() - before:.1f} s")

@@ -11,7 +11,7 @@ __all__ = ["SlotRows", "combine_norm"]
 
 def combine_norm(
     residual: Tensor,  # [T, hidden], updated
-    parts: tuple[Tensor | SlotRows, ...],  # each [T, hidden]
+    parts: tuple[Tensor | SlotRows, ...],  # each [T, hidden]; on a GPU up to two tensors, then up to one of slots
     weight: Tensor,  # [hidden]
     eps: float,
     out: Tensor | Fp8Rows,  # [T, hidden]

@@ -15,12 +15,12 @@ __all__ = ["ExpertWork", "experts", "grouped_ffn", "slot_table"]
 def experts(
     x: Tensor | Fp8Rows,  # [T, hidden]
     ids: Tensor,  # int32 or int64 [T, topk], -1: not for you
-    weights: Tensor,  # [T, topk]
+    weights: Tensor,  # [T, topk], float32; on a CPU of x's dtype
     gate_up: Tensor | Fp8Blocks,  # [held, hidden, 2 * inter], input-major, gate first
     down: Tensor | Fp8Blocks,  # [held, inter, hidden], input-major
     slots: Tensor,  # [experts + 1], of slot_table
     out: Tensor,  # [T, hidden]
-    work: ExpertWork | None = None,  # needed on a GPU
+    work: ExpertWork | None = None,  # needed on a GPU, and in fp8
 ) -> None:
     """out[t] = sum over k of weights[t, k] * (silu(x[t] @ gate) * (x[t] @ up)) @ down of expert ids[t, k], if held."""
     if not ids.is_cuda:

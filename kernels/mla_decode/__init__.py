@@ -20,16 +20,17 @@ def mla_decode(
     q: Tensor,  # [n, heads, nope + rope]
     w_uk: Tensor,  # [heads, nope, kv_lora]
     w_uv: Tensor,  # [heads, kv_lora, v_dim]
-    cache: Tensor | Fp8Latent,  # [pages, PAGE, kv_lora + rope]
+    cache: Tensor | Fp8Latent,  # [pages, PAGE, kv_lora + rope]; in 8 bits on a GPU alone
     block_table: Tensor,  # [n, max_pages], int32 on a GPU; entries past a context are any valid page
-    context: Tensor,  # [n], lengths with the new token, int32 on a GPU
-    step: DecodeMask | DecodePlan,  # of these contexts: `plan_decode`'s, on a GPU that of kernels.mla_decode.triton
+    context: Tensor,  # [n], lengths with the new token; on a GPU int32, and 0 for a row that pads the batch
+    step: DecodeMask | DecodePlan,  # of these contexts: `plan_decode`'s; on a GPU that of kernels.mla_decode.triton
     scale: float,
     out: Tensor,  # [n, heads, v_dim]
 ) -> None:
     """out = softmax(scale * (q_nope W_uk . latent + q_rope . key)) latent W_uv"""
     if isinstance(step, DecodeMask):
-        assert isinstance(cache, Tensor)
+        if not isinstance(cache, Tensor):
+            raise TypeError("an fp8 cache needs a GPU")
         naive.mla_decode(q, w_uk, w_uv, cache, block_table, step, scale, out)
     else:
         from kernels.mla_decode import triton

@@ -18,7 +18,7 @@ class DecodeMask:
 
 
 def plan_decode(context: Tensor, max_pages: int) -> DecodeMask:
-    """`context` [n], lengths with the new token."""
+    """`context` [n], lengths with the new token, at least 1; `max_pages`: columns of the block table."""
     places = torch.arange(max_pages * PAGE)
     hidden = torch.zeros(len(context), len(places))
     return DecodeMask(hidden.masked_fill_(places >= context.unsqueeze(1), -torch.inf).unsqueeze(1))

@@ -15,7 +15,7 @@ def route(
     bias: Tensor | None,  # [experts], noaux_tc's correction: it counts in the choice, not in the weight
     rule: Routing,
     ids: Tensor,  # int32 or int64 [T, topk + shared], out
-    weights: Tensor,  # [T, topk + shared], out
+    weights: Tensor,  # [T, topk + shared], out: float32; on a CPU of x's dtype
     plan: ExpertPlan | None = None,  # out: plan_experts(ids, slots, held, plan)
     slots: Tensor | None = None,
     held: int = 0,

@@ -27,6 +27,12 @@ class Routing:
     scale: float
     shared: int = 0
 
+    def __post_init__(self) -> None:
+        if self.scoring not in ("softmax", "sigmoid"):
+            raise ValueError(f"scoring is softmax or sigmoid, not {self.scoring}")
+        if self.method not in ("greedy", "group_limited_greedy", "noaux_tc"):
+            raise ValueError(f"method is greedy, group_limited_greedy or noaux_tc, not {self.method}")
+
 
 @dataclass(frozen=True)
 class RouteScratch:
@@ -54,7 +60,7 @@ def route(
     bias: Tensor | None,  # [experts], noaux_tc's correction: it counts in the choice, not in the weight
     rule: Routing,
     ids: Tensor,  # int32 or int64 [T, topk + shared], out
-    weights: Tensor,  # [T, topk + shared], out
+    weights: Tensor,  # [T, topk + shared], out, of x's dtype
     plan: ExpertPlan | None = None,  # out: plan_experts(ids, slots, held, plan)
     slots: Tensor | None = None,
     held: int = 0,
@@ -82,7 +88,8 @@ def route(
         ids[:, rule.topk :] = torch.arange(w_gate.shape[1], w_gate.shape[1] + rule.shared, device=ids.device)
         weights[:, rule.topk :] = 1.0
     if plan is not None:
-        assert slots is not None
+        if slots is None:
+            raise ValueError("a plan needs slots")
         plan_experts(ids, slots, held, plan)
 
 
