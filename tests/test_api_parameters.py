@@ -250,6 +250,15 @@ def test_the_table_names_no_parameter_that_is_not_there(kind: type) -> None:
     assert set(CASES[kind]) == set(kind.__struct_fields__)
 
 
+@pytest.mark.parametrize(("given", "temperature", "penalty"), [(1e-40, 0.0, 1e-6), (1e-6, 1e-6, 1e-6), (0.5, 0.5, 0.5)])
+async def test_logits_are_not_divided_until_they_overflow(
+    front: Front, given: float, temperature: float, penalty: float
+) -> None:
+    body = {"model": "tiny", "prompt": "Once", "temperature": given, "repetition_penalty": given}
+    seen = await ask(front, "/v1/completions", body)
+    assert (seen.sampling.temperature, seen.sampling.repetition_penalty) == (temperature, penalty)
+
+
 async def test_an_explicit_null_is_as_if_left_out(front: Front) -> None:
     for kind, path in PATHS.items():
         nulls = dict.fromkeys(kind.__struct_fields__) | PLAIN[kind]

@@ -125,6 +125,12 @@ def test_operands_of_two_kinds_are_refused() -> None:
         triton.linear(torch.zeros(1, 128), weights(128, 128, E4M3), torch.zeros(1, 128))
 
 
+@pytest.mark.parametrize(("k", "n", "rows"), [(256, 128, 1), (128, 64, 1), (128, 128, 2)])
+def test_shapes_that_do_not_match_are_refused(k: int, n: int, rows: int) -> None:
+    with pytest.raises(ValueError, match="does not give"):
+        triton.linear(torch.zeros(1, 128), torch.zeros(k, n), torch.zeros(rows, 128))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("n", "k"), R1, ids=lambda size: str(size))
 @pytest.mark.parametrize("tokens", [1, 16, 64, 128, 200, 1024, 4096])

@@ -67,3 +67,9 @@ def test_the_same_from_a_graph() -> None:
         x.normal_()
 
     same_from_graph(lambda: triton.quantise_rows(x, out), refill, (out.data, out.scale))
+
+
+@pytest.mark.parametrize("x", [torch.zeros(2, 192), torch.zeros(128, 2).T], ids=["half", "columns"])
+def test_rows_that_are_none_are_refused(x: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="128 must divide them"):
+        triton.quantise_rows(x, Fp8Rows.empty(2, 256, "cpu"))

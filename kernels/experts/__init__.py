@@ -14,7 +14,7 @@ __all__ = ["ExpertWork", "experts", "grouped_ffn", "slot_table"]
 
 def experts(
     x: Tensor | Fp8Rows,  # [T, hidden]
-    ids: Tensor,  # int32 or int64 [T, topk], -1: not for you
+    ids: Tensor,  # int32 or int64 [T, topk], -1: not for you; a token's differ
     weights: Tensor,  # [T, topk], float32; on a CPU of x's dtype
     gate_up: Tensor | Fp8Blocks,  # [held, hidden, 2 * inter], input-major, gate first
     down: Tensor | Fp8Blocks,  # [held, inter, hidden], input-major

@@ -26,6 +26,9 @@ def linear(
         raise TypeError(f"both operands in 8 bits or neither: {type(x).__name__}, {type(w).__name__}")
     rows = x.data if isinstance(x, Fp8Rows) else x
     (tokens, k), n = rows.shape, out.shape[1]
+    given = w.data.shape if isinstance(w, Fp8Blocks) else w.shape
+    if given != (k, n) or len(out) != tokens:
+        raise ValueError(f"[{tokens}, {k}] x {list(given)} does not give {list(out.shape)}")
     if not tokens:
         return
     if tile is None:

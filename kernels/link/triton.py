@@ -243,7 +243,7 @@ def wait(peers: Peers, layout: SlabLayout, tokens: int, tile: dict | None = None
 def take(peers: Peers, layout: SlabLayout, tokens: int, tile: dict | None = None) -> None:
     """The shard: until the worker has sent the next rows. What follows on the stream reads them in place.
 
-    The next launch must be a small one, as the plan's is: its programs may take their places already while this waits,
+    The next launch must be a small one, if it may begin early: its programs take their places already while this waits,
     and ones that held much of a processor could keep a worker on the same GPU from sending the very rows."""
     tile = tile or tile_rule(layout, tokens)
     _launch_wait(peers, SHARD, bool(tile["early"]), bool(tile["pdl"]))

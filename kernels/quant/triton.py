@@ -35,6 +35,8 @@ def _quantise_rows(
 
 def quantise_rows(x: Tensor, out: Fp8Rows) -> None:
     rows, width = x.shape
+    if width % GROUP or x.stride(1) != 1:
+        raise ValueError(f"rows of {width}, {x.stride(1)} apart: {GROUP} must divide them, and they lie side by side")
     block, pdl = min(1024, next_power_of_2(width)), overlaps()
     if rows:
         _quantise_rows[(rows, cdiv(width, block))](

@@ -33,7 +33,8 @@ FIELDS: dict[str, str] = {
     "ignore_eos": "Go on after the model's end token: load generators ask for outputs of a given length so. "
     "Default: false.",
     # ---- sampling
-    "temperature": "0 is greedy: always the likeliest token. Default: generation_config.json's, else 1.",
+    "temperature": "0, or less than 1e-6, is greedy: always the likeliest token. Default: generation_config.json's, "
+    "else 1.",
     "top_p": "Sample from the likeliest tokens that have this much probability together. Default: "
     "generation_config.json's, else 1.",
     "top_k": "Sample from so many likeliest tokens; 0 or -1: no limit. Default: generation_config.json's, else 0.",

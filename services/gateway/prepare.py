@@ -30,6 +30,7 @@ from services.gateway.tools import tool_grammar
 MESSAGE_CHARACTERS = 32  # what a message costs beside its text
 LONG = 8_192  # characters or tokens: work on more is done in a thread, so that it holds up no stream
 SEED_MASK = 2**63 - 1
+LEAST = 1e-6  # what logits are divided by; by less they overflow
 MOST_PROMPT_ENTRIES = 300_000  # prompt tokens times reported logprobs: what a message on the bus holds, with room
 
 T = TypeVar("T")
@@ -215,9 +216,10 @@ class Preparer:
         self.check_ids(list(bias), "logit_bias")
         self._check_entries(body, prompt_tokens)
         defaults = self._defaults
+        temperature = _first(body.temperature, defaults.temperature, 1.0)
         return Sampling(
             max_tokens=max_tokens,
-            temperature=_first(body.temperature, defaults.temperature, 1.0),
+            temperature=temperature if temperature >= LEAST else 0.0,
             top_p=_first(body.top_p, defaults.top_p, 1.0),
             top_k=max(0, _first(body.top_k, defaults.top_k, 0)),
             min_p=_first(body.min_p, defaults.min_p, 0.0),
@@ -228,7 +230,7 @@ class Preparer:
             prompt_logprobs=body.prompt_alternatives,
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
-            repetition_penalty=_first(body.repetition_penalty, defaults.repetition_penalty, 1.0),
+            repetition_penalty=max(LEAST, _first(body.repetition_penalty, defaults.repetition_penalty, 1.0)),
             logit_bias=tuple(sorted(bias.items())),
             grammar=grammar,
         )
