@@ -31,6 +31,15 @@ def let_next_begin(PDL: tl.constexpr):
 
 
 @triton.jit
+def prefetch(pointers, bytes):
+    """Ask the L2 for so many bytes from each pointer on; 16 divides both. NVIDIA's alone."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
+        [pointers, tl.full(pointers.shape, 0, tl.int32) + bytes], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b, float32. The interpreter's bf16 products are garbage: there the operands are widened first."""
     if _INTERPRETED and a.dtype == tl.bfloat16:

@@ -21,8 +21,8 @@ from benchmarks.kernels import KernelCase
 from benchmarks.kernels.timing import ceilings, microseconds
 from benchmarks.kernels.tuning import tune
 
-OPS = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if not p.stem.startswith("__"))
-NOT_OPS = {"timing", "tuning"}
+NOT_OPS = {"__init__", "__main__", "timing", "tuning"}
+OPS = sorted({p.stem for p in Path(__file__).parent.glob("*.py")} - NOT_OPS)
 
 
 def progress(text: str) -> None:
@@ -75,7 +75,7 @@ def line(row: dict, ceiling: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", default="", help=f"of {', '.join(sorted(set(OPS) - NOT_OPS))}; default: all")
+    parser.add_argument("--ops", default="", help=f"of {', '.join(OPS)}; default: all")
     parser.add_argument("--only", default="", help="cases whose shape contains this")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--check", action="store_true", help="compare with the naive version at these shapes too")
@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540.0, help="start no further case after so long")
     parser.add_argument("--json", type=Path, help="write all figures there too")
     arguments = parser.parse_args()
-    ops = arguments.ops.split(",") if arguments.ops else sorted(set(OPS) - NOT_OPS)
-    if unknown := set(ops) - (set(OPS) - NOT_OPS):
+    ops = arguments.ops.split(",") if arguments.ops else OPS
+    if unknown := set(ops) - set(OPS):
         parser.error(f"no such kernel: {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         parser.error("this measures on a GPU, and PyTorch finds none")

@@ -66,9 +66,9 @@ def combine_norm(
     first, second = (*dense, None, None)[:2]
     block = max(next_power_of_2(hidden), GROUP)
     # Few rows wait for memory alone: 8 numbers a thread, so that most of what a row is made of is on its way at once.
-    each = 256 if tokens <= 2 * current().processors else 512
+    each, most = (256, 32) if tokens <= 2 * current().processors else (512, 16)
     _combine_norm[(tokens,)](
         residual, first, second, rows, slots, weight, data, scale, eps, hidden,
         len(dense), topk, group, block, pdl,
-        num_warps=max(1, min(32 if each == 256 else 16, block // each)), **overlap(pdl and early),
+        num_warps=max(1, min(most, block // each)), **overlap(pdl and early),
     )  # fmt: skip

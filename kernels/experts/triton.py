@@ -22,18 +22,9 @@ from kernels.experts.work import CHUNK, ExpertWork, bytes_ahead, rows_and_scale
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import current, overlap, overlaps
-from kernels.tl_ops import dot, fp8_max, let_next_begin, to_fp8, wait_ahead
+from kernels.tl_ops import dot, fp8_max, let_next_begin, prefetch, to_fp8, wait_ahead
 
 EARLY = tl.constexpr(4)  # steps before a program's end at which the next launch may start to fetch its weights
-
-
-@triton.jit
-def _prefetch(pointers, BYTES: tl.constexpr):
-    """Ask the L2 for the BYTES from each pointer on; 16 divides both."""
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
-        [pointers, tl.full(pointers.shape, BYTES, tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -41,7 +32,7 @@ def _prefetch_chunks(weights, size, CHUNK: tl.constexpr, LANES: tl.constexpr):
     """Ask the L2 for this program's part of the first `size` bytes."""
     at = tl.program_id(0) * CHUNK
     while at < size:
-        _prefetch(weights.to(tl.pointer_type(tl.uint8)) + (at + tl.arange(0, LANES) * (CHUNK // LANES)), CHUNK // LANES)
+        prefetch(weights.to(tl.pointer_type(tl.uint8)) + (at + tl.arange(0, LANES) * (CHUNK // LANES)), CHUNK // LANES)
         at += tl.num_programs(0) * CHUNK
 
 
@@ -121,7 +112,7 @@ def _grouped_product(
         if PREFETCH > 0 and program < tiles:
             slot = tl.load(blocks + program // across * 3)
             rows = (slot * n + program % across * tile_width + tl.arange(0, tile_width)).to(tl.int64)
-            _prefetch(weights + rows * k, PREFETCH)
+            prefetch(weights + rows * k, PREFETCH)
         wait_ahead(PDL)
     last = tl.cdiv(tl.maximum(tiles - program, 0), programs) * steps
     # Where the loads are, and, some steps behind them, the products.

@@ -16,7 +16,7 @@ from kernels.linear.naive import LinearScratch
 from kernels.quant.naive import GROUP
 from kernels.sizes import cdiv
 from kernels.target import overlap
-from kernels.tl_ops import dot, let_next_begin, wait_ahead
+from kernels.tl_ops import dot, let_next_begin, prefetch, wait_ahead
 
 DEEP = tl.constexpr(8)  # tiles of tokens side by side, where there are several: they share the weights in the L2
 
@@ -43,14 +43,11 @@ def _load(source, stride, rows, row, column, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 @triton.jit
-def _prefetch(w, stride, n, row, column, columns, ROWS: tl.constexpr):
+def _prefetch_rows(w, stride, n, row, column, columns, ROWS: tl.constexpr):
     """Ask the L2 for columns column .. column + columns of ROWS rows, multiples of 16 bytes."""
     at = tl.minimum(row + tl.arange(0, ROWS), n - 1)
-    bytes = tl.full([ROWS], 0, tl.int32) + columns * (w.dtype.element_ty.primitive_bitwidth // 8)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
-        [w + at.to(tl.int64) * stride + column, bytes], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    bytes = columns * (w.dtype.element_ty.primitive_bitwidth // 8)
+    prefetch(w + at.to(tl.int64) * stride + column, bytes)
 
 
 @triton.jit
@@ -83,7 +80,7 @@ def _streaming(
     first, last = split * (k // BK) // SPLITS, (split + 1) * (k // BK) // SPLITS
     let_next_begin(PDL)
     if PREFETCH:
-        _prefetch(weights, w_stride, n, column, first * BK, tl.minimum((last - first) * BK, PREFETCH), BN)
+        _prefetch_rows(weights, w_stride, n, column, first * BK, tl.minimum((last - first) * BK, PREFETCH), BN)
     wait_ahead(PDL)  # only weights, which never change, are touched before the launches ahead of this one end
     t, c = token + tl.arange(0, BM), column + tl.arange(0, BN)
     acc = tl.zeros([BN, BM], tl.float32)
