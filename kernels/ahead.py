@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import triton
 
 # Rows of prefills of which each kind that the tiles of V2-Lite and R1 tell apart has one (tests/test_prefill_sizes.py),
@@ -24,6 +25,20 @@ def prefill_sizes(most: int) -> list[int]:
     return [*(rows for rows in _SIZES if rows < most), most]
 
 
+class _ReadyToLaunch(triton.AsyncCompileMode):
+    """Loads each kernel too, and builds what launches it: Triton 3.6 compiles a C module for every signature at the
+    first launch, one after another, a third of a second each."""
+
+    def submit(self, key: Any, compile_fn: Callable[[], Any], finalize_fn: Callable[[Any], None]) -> Any:
+        def compile_and_load() -> Any:
+            kernel = compile_fn()
+            if torch.cuda.is_available():
+                kernel.run  # noqa: B018 - a property that does it
+            return kernel
+
+        return super().submit(key, compile_and_load, finalize_fn)
+
+
 @contextmanager
 def compiling_ahead(ignore_errors: bool = False) -> Iterator[None]:
     """Triton's launches by this thread are not made within: their kernels are compiled, each once, and all are at the
@@ -36,7 +51,7 @@ def compiling_ahead(ignore_errors: bool = False) -> Iterator[None]:
 
     triton.JITFunction.run = compile_only
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool, ignore_errors=ignore_errors):
+        with ThreadPoolExecutor(os.cpu_count()) as pool, _ReadyToLaunch(pool, ignore_errors=ignore_errors):
             yield
     finally:
         triton.JITFunction.run = run

@@ -67,3 +67,18 @@ def test_only_this_threads_launches_are_held_back() -> None:
         assert torch.equal(theirs, table[ids])
     embed(ids, source, ids, table, mine)
     assert torch.equal(mine, table[ids])
+
+
+@pytest.mark.gpu
+def test_a_kernel_compiled_ahead_is_loaded_and_has_its_launcher() -> None:
+    from kernels.ahead import compiling_ahead
+    from kernels.embed import embed
+    from kernels.embed.triton import _embed
+
+    table = torch.randn(8, 192, device="cuda", dtype=torch.float16)  # a kernel of its own
+    ids, source = (torch.zeros(4, device="cuda", dtype=d) for d in (torch.int64, torch.int32))
+    before = set(map(id, _embed.device_caches[0][0].values()))
+    with compiling_ahead():
+        embed(ids, source, ids, table, torch.empty(4, 192, device="cuda", dtype=torch.float16))
+    (kernel,) = (kernel for kernel in _embed.device_caches[0][0].values() if id(kernel) not in before)
+    assert kernel.module is not None and kernel._run is not None
