@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.expert_plan import plan_experts
 from kernels.experts import naive, triton
 from kernels.experts.naive import slot_table
-from kernels.experts.tiles import candidates, one_launch, tile_for
+from kernels.experts.tiles import candidates, one_launch, parts_of, tile_for
 from kernels.experts.work import ExpertWork
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows, quantise_rows
 from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, poisoned, same_from_graph
@@ -131,7 +131,7 @@ V2_LITE = 2048, 1408, 64, 6, torch.bfloat16
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("hidden", "inter", "experts", "topk", "dtype"), [R1, V2_LITE], ids=["R1", "V2-Lite"])
-@pytest.mark.parametrize("tokens", [1, 4, 8, 9, 16, 64, 1024, 4096])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 9, 16, 64, 128, 1024, 4096])
 def test_equals_naive_at_full_size(
     tokens: int, hidden: int, inter: int, experts: int, topk: int, dtype: torch.dtype
 ) -> None:
@@ -146,7 +146,57 @@ def test_few_tokens_in_one_launch(
     tokens: int, absent: float, hidden: int, inter: int, experts: int, topk: int, dtype: torch.dtype
 ) -> None:
     hidden, inter = (256, inter) if tokens % 2 else (hidden, 128)  # narrow: fewer tiles than processors, or short ones
-    check(tokens, hidden, inter, experts, list(range(1, experts, 3)), topk, dtype, one_launch(3), absent)
+    check(
+        tokens,
+        hidden,
+        inter,
+        experts,
+        list(range(1, experts, 3)),
+        topk,
+        dtype,
+        one_launch(tokens, dtype == FP8, stages=3),
+        absent,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [8, 16, 32, 64])
+@pytest.mark.parametrize("dtype", [FP8, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "counts", [[1], [0, 1, 7, 8, 9, 0, 15, 17], [40, 0, 31, 33, 2], [0, 0], [128], [1] * 120], ids=str
+)
+def test_blocks_of_every_length_in_one_launch(counts: list[int], dtype: torch.dtype, rows: int) -> None:
+    """As many pairs as `counts` says of each expert, and of one that is not held."""
+    held = len(counts)
+    ids = torch.arange(held + 1, device=DEVICE).repeat_interleave(torch.tensor([*counts, 5], device=DEVICE))
+    ids = ids[torch.randperm(len(ids), device=DEVICE), None]
+    if rows == 8:
+        ids = ids[:8]
+    if rows == 64 and dtype == FP8:
+        pytest.skip("too many registers: nobody takes it")
+    tile = one_launch(len(ids), dtype == FP8, rows)
+    check(len(ids), 512, 384, held + 1, list(range(held)), 1, dtype, tile, ids=ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("hidden", "inter", "dtype"), [(7168, 18432, FP8), (2048, 10944, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 33, 64, 128])
+def test_an_ffn_in_parts(tokens: int, hidden: int, inter: int, dtype: torch.dtype) -> None:
+    """As a dense layer's, full size: the whole expert's products of the same codes, as naive has them."""
+    from services.gpu_worker.work import MlpWork
+
+    parts = parts_of(tokens, hidden, inter, dtype == FP8, dtype)
+    assert parts == 9
+    x, weights = activations(tokens, hidden, dtype), torch.ones(tokens, 1, device=DEVICE)
+    gate_up, down = stack(1, hidden, 2 * inter, dtype), stack(1, inter, hidden, dtype)
+    cut = MlpWork.empty(tokens, hidden, inter, dtype == FP8, torch.bfloat16, parts)
+    poison(cut.experts.act, cut.experts.rows)
+    out = poisoned(tokens, hidden, dtype=torch.bfloat16)
+    triton.sum_slots(triton.grouped_ffn(x, cut.weights, gate_up, down, cut.experts), out)
+    whole = ExpertWork.empty(tokens, 1, 1, hidden, inter, dtype == FP8, DEVICE, torch.float32, {"rows": 16})
+    plan_experts(torch.zeros(tokens, 1, dtype=torch.int32, device=DEVICE), table([0], 1), 1, whole.plan)
+    want = naive.grouped_ffn(x, weights, gate_up, down, whole).sum()
+    assert error_ratio(out, want) < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu

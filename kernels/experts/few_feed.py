@@ -8,10 +8,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra import cuda
 
-from kernels.experts.work import CHUNK
+from kernels.experts.work import CHUNK, EIGHT
 
-TOKENS = 8
-N = gl.constexpr(TOKENS)  # rows to multiply by
+_EIGHT = gl.constexpr(EIGHT)
 LINE = gl.constexpr(128)  # bytes of K a step
 _CHUNK = gl.constexpr(CHUNK)
 _ODD = gl.constexpr(1 << 30)  # on top of the counter of tiles in every other launch
@@ -52,15 +51,17 @@ def hear(indices, barriers, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _feed_tile(w, row, apart, index, ring, indices, told, full, empty, step, K: gl.constexpr, STAGES: gl.constexpr):
+def _feed_tile(
+    w, row, column, apart, index, ring, indices, told, full, empty, step, K: gl.constexpr, STAGES: gl.constexpr
+):
     STRIP: gl.constexpr = w.block_type.shape[0]
     BK: gl.constexpr = w.block_type.shape[1]
     for at in range(0, K, BK):
         stage = _tell(indices, told, empty, step, index, STAGES)
         ready = full.index(stage)
         mbarrier.expect(ready, 2 * STRIP * LINE)
-        tma.async_copy_global_to_shared(w, [row, at], ready, ring.index(2 * stage))
-        tma.async_copy_global_to_shared(w, [row + apart, at], ready, ring.index(2 * stage + 1))
+        tma.async_copy_global_to_shared(w, [row, column + at], ready, ring.index(2 * stage))
+        tma.async_copy_global_to_shared(w, [row + apart, column + at], ready, ring.index(2 * stage + 1))
         step += 1
     return step
 
@@ -81,9 +82,10 @@ def _fetch_ahead(weights, size):
 @gluon.jit
 def feed_weights(
     up, down, ring, indices, told, full, empty, progress, index, odd, blocks, counts, most, weights, ahead,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Takes tiles and tells the others which; `index` is the first. A number past the last tile means the end."""
+    """Takes tiles and tells the others which; `index` is the first. A number past the last tile means the end. A slot
+    is one of the PARTS of an expert, columns of its `up` and rows of its `down`, INTER of each."""
     STRIP: gl.constexpr = up.block_type.shape[0]
     UPS: gl.constexpr = INTER // STRIP
     DOWNS: gl.constexpr = HIDDEN // (2 * STRIP)
@@ -92,57 +94,71 @@ def feed_weights(
     slot, count, step = _slot(blocks, index // UPS, most), gl.load(counts), 0
     ups, total = count * UPS, count * (UPS + DOWNS)
     while index < ups:
-        row = slot * (2 * INTER) + index % UPS * STRIP
-        step = _feed_tile(up, row, INTER, index, ring, indices, told, full, empty, step, HIDDEN, STAGES)
+        row = (slot // PARTS * (2 * PARTS) + slot % PARTS) * INTER + index % UPS * STRIP
+        step = _feed_tile(up, row, 0, PARTS * INTER, index, ring, indices, told, full, empty, step, HIDDEN, STAGES)
         index, _ = deal(progress)
         slot = _slot(blocks, index // UPS, most)
     while index < total:
         slot = _slot(blocks, (index - ups) // DOWNS, most)
-        row = slot * HIDDEN + (index - ups) % DOWNS * (2 * STRIP)
-        step = _feed_tile(down, row, STRIP, index, ring, indices, told, full, empty, step, INTER, STAGES)
+        row, column = slot // PARTS * HIDDEN + (index - ups) % DOWNS * (2 * STRIP), slot % PARTS * INTER
+        step = _feed_tile(down, row, column, STRIP, index, ring, indices, told, full, empty, step, INTER, STAGES)
         index, _ = deal(progress)
     mbarrier.arrive(full.index(_tell(indices, told, empty, step, index, STAGES)), count=1)
     if index == total + gl.num_programs(0) - 1:  # nobody will ask again: make ready for the next launch
-        block = gl.arange(0, 64, gl.BlockedLayout([1], [32], [1], [0]))
-        gl.store(progress + 1 + (1 - odd) * most + block, gl.zeros_like(block), mask=block < most)
+        lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+        for first in range(0, most, 32):
+            block = first + lane
+            gl.store(progress + 1 + (1 - odd) * most + block, gl.zeros_like(block), mask=block < most)
         gl.thread_barrier()
         gl.atomic_xchg(progress, (1 - odd) * _ODD, sem="release", scope="gpu")
     cuda.gdc_launch_dependents()
 
 
 @gluon.jit
-def _feed_tile_rows(source, row, xs, told, full, step, K: gl.constexpr, STAGES: gl.constexpr):
+def _feed_tile_rows(source, row, rows, xs, told, full, step, K: gl.constexpr, STAGES: gl.constexpr):
+    """Eight at a time, no more than there are; what lies in the place of the others is multiplied and dropped."""
     BK: gl.constexpr = source.block_type.shape[1]
+    EIGHTS: gl.constexpr = xs.shape[1] // _EIGHT
     for at in range(0, K, BK):
         stage = step % STAGES
+        ready = full.index(stage)
         mbarrier.wait(told.index(stage), (step // STAGES) & 1)
-        mbarrier.expect(full.index(stage), N * LINE)
-        tma.async_copy_global_to_shared(source, [row, at], full.index(stage), xs.index(stage))
+        for i in gl.static_range(EIGHTS):
+            last = (rows > i * _EIGHT) & (rows <= (i + 1) * _EIGHT)
+            mbarrier.expect(ready, (i + 1) * _EIGHT * LINE, pred=last)
+        for i in gl.static_range(EIGHTS):
+            to = xs.index(stage).slice(i * _EIGHT, _EIGHT)
+            tma.async_copy_global_to_shared(source, [row + i * _EIGHT, at], ready, to, pred=rows > i * _EIGHT)
         step += 1
     return step
 
 
 @gluon.jit
 def feed_rows(
-    x, act, xs, indices, told, full, blocks, counts, done,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, UPS: gl.constexpr, DOWNS: gl.constexpr, STAGES: gl.constexpr,
+    x, act, xs, indices, told, full, blocks, counts, done, x_rows,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, UPS: gl.constexpr, DOWNS: gl.constexpr, ALL: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
-    """What weights are multiplied by: x, or a block's activations once all of them are there."""
+    """What weights are multiplied by: rows of x, or a block's activations once all of them are there."""
     cuda.gdc_wait()
     count, step = gl.load(counts), 0
     ups, total = count * UPS, count * (UPS + DOWNS)
     index = hear(indices, told, step, STAGES)
     while index < ups:
-        step = _feed_tile_rows(x, 0, xs, told, full, step, HIDDEN, STAGES)
+        row, rows = 0, x_rows
+        if not ALL:
+            block = blocks + index // UPS * 3
+            row, rows = gl.load(block + 1) % x_rows, gl.load(block + 2)
+        step = _feed_tile_rows(x, row, rows, xs, told, full, step, HIDDEN, STAGES)
         index = hear(indices, told, step, STAGES)
     while index < total:
         b = (index - ups) // DOWNS
-        first = gl.load(blocks + b * 3 + 1)
+        first, rows = gl.load(blocks + b * 3 + 1), gl.load(blocks + b * 3 + 2)
         finished = gl.atomic_add(done + b, 0, sem="acquire", scope="gpu")
         while finished < UPS:
             finished = gl.atomic_add(done + b, 0, sem="acquire", scope="gpu")
         fence_proxies(gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])))
-        step = _feed_tile_rows(act, first, xs, told, full, step, INTER, STAGES)
+        step = _feed_tile_rows(act, first, rows, xs, told, full, step, INTER, STAGES)
         index = hear(indices, told, step, STAGES)
     mbarrier.arrive(full.index(step % STAGES), count=1)
 

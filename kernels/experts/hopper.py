@@ -12,8 +12,6 @@ walked over tiles drifted apart, and read them again for every block.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,10 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.experts.gather import gather
 from kernels.experts.work import ExpertWork, rows_and_scale
 from kernels.hopper import descriptor, ring_barriers
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
-from kernels.sizes import next_power_of_2
 
 BLOCK = 128  # rows of a block of the plan
 _HALF = gl.constexpr(64)  # of them, a warpgroup's
@@ -38,17 +36,6 @@ _STEP = gl.constexpr(128)  # bytes of K a step: a row of TMA's swizzle
 _FP8_MAX = gl.constexpr(448.0)
 _CODED = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, GROUP, 32]))  # a warpgroup's [64, 128] of fp8
 _PLAIN = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, GROUP, 16]))  # of 16 bits
-
-
-@triton.jit
-def _gather(x, pairs, counts, out, width, topk, BLOCK: tl.constexpr):
-    """out[place] = x[token], in words of 4 bytes; one program a place."""
-    place = tl.program_id(0)
-    if place < tl.load(counts + 1):
-        token = tl.load(pairs + place) // topk
-        at = tl.arange(0, BLOCK)
-        row = tl.load(x + token.to(tl.int64) * width + at, mask=at < width)
-        tl.store(out + place.to(tl.int64) * width + at, row, mask=at < width)
 
 
 @gluon.jit
@@ -251,16 +238,12 @@ def grouped_ffn(
     x: Tensor | Fp8Rows, weights: Tensor, gate_up: Tensor | Fp8Blocks, down: Tensor | Fp8Blocks, work: ExpertWork
 ) -> None:
     """Fills work.rows; until the second product does, the rows of x lie there."""
-    plan, source, pairs = work.plan, x.data, work.plan.pairs
+    plan, source, pairs = work.plan, x.data, len(work.plan.pairs)
     assert plan.block_rows == BLOCK
     size, hidden = source.itemsize, source.shape[1]
-    room = work.rows.view(torch.uint8).view(-1)[: len(pairs) * hidden * size].view(len(pairs), hidden * size)
-    words = hidden * size // 4
-    _gather[(len(pairs),)](
-        source.view(torch.int32), pairs, plan.counts, room.view(torch.int32), words, weights.shape[1],
-        next_power_of_2(words), num_warps=4,
-    )  # fmt: skip
+    room = work.rows.view(torch.uint8).view(-1)[: pairs * hidden * size].view(pairs, hidden * size)
     rows = room.view(source.dtype)
+    gather(source, plan, weights.shape[1], rows)
     _launch(True, Fp8Rows(rows, x.scale) if isinstance(x, Fp8Rows) else rows, gate_up, work.act, weights, work)
     _launch(False, work.act, down, work.rows, weights, work)
 

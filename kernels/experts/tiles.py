@@ -8,7 +8,8 @@ A tile is {"rows", "gate_up", "down"}: the rows of a block of the plan, and of e
   per_sm    programs a processor, each walking over its tiles; 0: a program a tile, dealt out by the hardware
   prefetch  bytes of each of its first tile's rows that the second launch asks the L2 for while it waits
 or, for hopper.py: stages, and deep, how many blocks lie side by side in the order of tiles.
-For few.py a tile is {"rows", "both"}: the stages of its one launch.
+For few.py a tile is {"rows", "both"}: the stages of its one launch, and rows 8, 16, 32 or 64; with 8 there are no more
+tokens than that.
 """
 
 from __future__ import annotations
@@ -36,21 +37,30 @@ def tile_for(
     """What was measured best, else the static rule. `shared` of the held ones are every token's, and of its topk: the
     rest decides."""
     topk, held = topk - shared, held - shared
-    if takes_one_launch(tokens, topk + shared, hidden, inter, fp8, dtype):
-        return one_launch(6 if fp8 else 13)
+    if takes_one_launch(tokens, hidden, inter, fp8, dtype) and tokens * topk <= 16 * max(held, 1):
+        return one_launch(tokens, fp8)
     measured: Tile | None = None
     if fp8 or dtype.itemsize == 2:
         measured = measured_tile(__file__, shape_name(topk, held, hidden, inter, fp8), tokens)
     return measured or tile_rule(tokens, topk, held, hidden, inter, fp8, dtype)
 
 
-def takes_one_launch(tokens: int, topk: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype) -> bool:
-    """Whether few.py does it: on an H200 1.03x to 1.13x of the best two launches at 1 to 8 tokens."""
+def takes_one_launch(tokens: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype) -> bool:
+    """Whether few.py can do it."""
     strip = GROUP if fp8 else 64
     return (
-        current().arch == "sm_90" and not INTERPRETED and tokens <= 8 and tokens * topk <= 64
+        current().arch == "sm_90" and not INTERPRETED and tokens <= 128
         and hidden % (2 * strip) == inter % strip == 0 and (fp8 or dtype.itemsize == 2)
     )  # fmt: skip
+
+
+def parts_of(tokens: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype) -> int:
+    """Into how many equal parts an expert that all tokens take is cut: `down` of a whole one has too few tiles, and
+    long ones."""
+    strip, most = GROUP if fp8 else 64, 2048
+    if not takes_one_launch(tokens, hidden, inter, fp8, dtype):
+        return 1
+    return next(parts for parts in range(1, inter + 1) if inter % (parts * strip) == 0 and inter <= most * parts)
 
 
 def tile_rule(
@@ -94,9 +104,12 @@ def _gathered(gate_up: int, down: int) -> Tile:
     return {"rows": 128, "gate_up": {"stages": 4, "deep": gate_up}, "down": {"stages": 4, "deep": down}}
 
 
-def one_launch(stages: int) -> Tile:
-    """For few.py, of at most 8 tokens. Stages of 33 KB in fp8, else of 17."""
-    return {"rows": 16, "both": {"stages": stages}}
+def one_launch(tokens: int, fp8: bool, rows: int = 0, stages: int = 0) -> Tile:
+    """For few.py. A stage has two strips of weights and as many `rows`, each 128 bytes wide; 13 in 16 bits and 6 in 8
+    are what fits with 8 rows."""
+    rows = rows or (8 if tokens <= 8 else 16 if tokens <= 16 else 32)
+    stages = stages or min(6 if fp8 else 13, (220 << 10) // ((256 if fp8 else 128) + rows) // 128)
+    return {"rows": rows, "both": {"stages": stages}}
 
 
 def _launch(**knobs: int) -> Tile:

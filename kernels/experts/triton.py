@@ -107,10 +107,11 @@ def _grouped_product(
     if PDL and AHEAD > 0:
         _prefetch_chunks(weights, AHEAD, CHUNK, LANES)
     wait_ahead(PDL and GATE_UP)
-    tiles = tl.load(counts) * across  # of the plan: see grouped_ffn why it may be read before the wait
+    # Of the plan, which an earlier launch than the last one wrote; before the wait only the L2 is sure to have it.
+    tiles = tl.load(counts, cache_modifier=".cg") * across
     if PDL and not GATE_UP:
         if PREFETCH > 0 and program < tiles:
-            slot = tl.load(blocks + program // across * 3)
+            slot = tl.load(blocks + program // across * 3, cache_modifier=".cg")
             rows = (slot * n + program % across * tile_width + tl.arange(0, tile_width)).to(tl.int64)
             prefetch(weights + rows * k, PREFETCH)
         wait_ahead(PDL)
@@ -163,24 +164,20 @@ def _grouped_product(
 def _sum_slots(rows, places, out, hidden, TOPK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """out[t] = sum over k, in order, of rows[places[t, k]]."""
     t = tl.program_id(0).to(tl.int64)
-    place = ()
-    for k in tl.static_range(TOPK):  # of the plan: see grouped_ffn why they may be read before the wait
-        place += (tl.load(places + t * TOPK + k).to(tl.int64),)  # type: ignore[assignment]
     wait_ahead(PDL)
     let_next_begin(PDL)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(TOPK):
-        inside = (at < hidden) & (place[k] >= 0)
-        total += tl.load(rows + place[k] * hidden + at, mask=inside, other=0.0).to(tl.float32)
+        place = tl.load(places + t * TOPK + k).to(tl.int64)
+        inside = (at < hidden) & (place >= 0)
+        total += tl.load(rows + place * hidden + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + t * hidden + at, total, mask=at < hidden)
 
 
 def grouped_ffn(
     x: Tensor | Fp8Rows, weights: Tensor, gate_up: Tensor | Fp8Blocks, down: Tensor | Fp8Blocks, work: ExpertWork
 ) -> SlotRows:
-    """Launches may overlap (PDL): each waits for the whole of the one before it, and lets the next start only after
-    that, so what an earlier launch than the last wrote may be read before the wait."""
     part = SlotRows(work.rows, work.plan.places)
     if not len(gate_up.data) or not work.plan.pairs.numel():
         return part

@@ -20,6 +20,7 @@ class ExpertWork:
     rows: Tensor  # [pairs, hidden], by place, weighted; before that, hopper.py's gathered rows of x
     progress: Tensor  # int32 [1 + 2 * most_blocks], of few.py, whose launches leave it ready for the next
     tile: Mapping[str, Any]  # of tiles.tile_rule
+    gathered: Tensor | None = None  # [pairs, hidden], few.py's rows of x by place
     shared: int = 0  # of the held, the first ones, which every token chooses
 
     @staticmethod
@@ -53,9 +54,13 @@ class ExpertWork:
         rows = torch.empty(pairs, hidden, dtype=dtype, device=device)
         plan = ExpertPlan.empty(tokens, topk, held, tile["rows"], device)
         progress = torch.zeros(1 + 2 * len(plan.blocks), dtype=torch.int32, device=device)
-        return ExpertWork(plan, act, rows, progress, tile, shared)
+        gathered = None
+        if "both" in tile and tile["rows"] > EIGHT and shared < held:
+            gathered = torch.empty(pairs, hidden, dtype=coded if fp8 else dtype, device=device)
+        return ExpertWork(plan, act, rows, progress, tile, gathered, shared)
 
 
+EIGHT = 8  # rows at a time: what the swizzle of TMA repeats after
 AHEAD = 24 << 20  # bytes, half of an H200's L2
 CHUNK = 32 << 10
 

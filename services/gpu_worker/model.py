@@ -230,6 +230,7 @@ class Model:
         return gpu.coded
 
     def _gpu_work(self, rows: int, decodes: int, context: int, fp8_cache: bool) -> GpuWork:
+        from kernels.experts.tiles import parts_of
         from kernels.mla_decode.triton import decode_plan
         from kernels.qkv_norm_rope_write.triton import QkvScratch
         from kernels.target import current
@@ -240,10 +241,12 @@ class Model:
         def rows8(width: int) -> Fp8Rows:
             return Fp8Rows.empty(rows, width, "cuda", coded)
 
-        def mlp(inter: int, layer: Layer | None) -> MlpWork | None:
+        def mlp(inter: int, layer: Layer | None, cut: bool) -> MlpWork | None:
             if layer is None or layer.mlp is None:
                 return None
-            return MlpWork.empty(rows, c.hidden, inter, isinstance(layer.mlp.down, Fp8Blocks), dtype)
+            fp8 = isinstance(layer.mlp.down, Fp8Blocks)
+            parts = parts_of(rows, c.hidden, inter, fp8, dtype) if cut else 1
+            return MlpWork.empty(rows, c.hidden, inter, fp8, dtype, parts)
 
         dense = next((layer for layer in self.weights.layers if layer.w_gate is None), None)
         sparse = next((layer for layer in self.weights.layers if layer.w_gate is not None), None)
@@ -271,8 +274,8 @@ class Model:
             prefill=PrefillScratch.empty(context, c.heads, c.nope + c.v_dim, c.kv_lora, c.rope, dtype, "cuda")
             if context
             else None,
-            dense=mlp(c.inter, dense),
-            shared=mlp(c.shared_experts * c.moe_inter, sparse),
+            dense=mlp(c.inter, dense, cut=True),
+            shared=mlp(c.shared_experts * c.moe_inter, sparse, cut=False),  # whose sum comes beside the shards' rows
             experts=experts,
             slots=link.new_slots(rows) if link is not None else None,
             coded=rows8(c.hidden) if any_fp8 else None,
@@ -301,6 +304,8 @@ def _mlp(mlp: Mlp | None, x: Tensor | Fp8Rows, given: MlpWork | None, work: Work
         return ()
     if given is not None:
         part = grouped_ffn(x, given.weights, _only(mlp.gate_up), _only(mlp.down), given.experts)
+        if given.weights.shape[1] > 1:
+            return (part,)
         return (part.rows[: len(work.h)],)  # every token in its own place
     assert isinstance(x, Tensor) and isinstance(mlp.gate_up, Tensor) and isinstance(mlp.down, Tensor)
     gate, up = torch.mm(x, mlp.gate_up).split(len(mlp.down), 1)

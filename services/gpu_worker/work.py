@@ -23,19 +23,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MlpWork:
-    """An FFN that all tokens take, on a GPU: one expert that every token chooses, so its plan never changes."""
+    """An FFN that all tokens take, on a GPU: an expert, or its equal parts, all chosen by every token, so that its plan
+    never changes."""
 
     experts: ExpertWork
-    weights: Tensor  # float32 [T, 1], ones
+    weights: Tensor  # float32 [T, parts], ones
 
     @staticmethod
-    def empty(rows: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype) -> MlpWork:
+    def empty(rows: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype, parts: int = 1) -> MlpWork:
         from kernels.expert_plan import plan_experts
+        from kernels.experts.tiles import one_launch
 
-        work = ExpertWork.empty(rows, 1, 1, hidden, inter, fp8, "cuda", dtype)
-        ids = torch.zeros(rows, 1, dtype=torch.int32, device="cuda")
-        plan_experts(ids, to_device(slot_table({0: 0}, 1), "cuda"), 1, work.plan)
-        return MlpWork(work, torch.ones(rows, 1, device="cuda"))
+        tile = one_launch(rows, fp8) if parts > 1 else None
+        work = ExpertWork.empty(
+            rows, parts, parts, hidden, inter // parts, fp8, "cuda", dtype, tile, shared=parts if parts > 1 else 0
+        )
+        ids = torch.arange(parts, dtype=torch.int32, device="cuda").expand(rows, parts).contiguous()
+        slots = slot_table({part: part for part in range(parts)}, parts)
+        plan_experts(ids, to_device(slots, "cuda"), parts, work.plan)
+        return MlpWork(work, torch.ones(rows, parts, device="cuda"))
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,17 @@ def stack(rows: int, columns: int, fp8: bool) -> Tensor | Fp8Blocks:
     return Fp8Blocks(torch.empty(HELD, columns, rows, dtype=current().fp8).mT, scale)
 
 
-def launch(hidden: int, inter: int, topk: int, fp8: bool, tile: dict, shared: int = 0) -> None:
-    tokens = 8 if "both" in tile else 16
+def launch(hidden: int, inter: int, topk: int, fp8: bool, tile: dict, shared: int = 0, parts: int = 1) -> None:
+    """`inter` and `topk` of a part."""
+    tokens = tile["rows"] if "both" in tile else 16
     x: Tensor | Fp8Rows = torch.empty(tokens, hidden, dtype=torch.bfloat16)
     work = ExpertWork.empty(tokens, topk, HELD, hidden, inter, False, "cpu", tile=tile, shared=shared)
     if fp8:
         x = Fp8Rows.empty(tokens, hidden, "cpu", current().fp8)
         act = Fp8Rows.empty(tokens * topk, inter, "cpu", current().fp8)
-        work = replace(work, act=act)
-    gate_up, down = stack(hidden, 2 * inter, fp8), stack(inter, hidden, fp8)
+        gathered = torch.empty(tokens * topk, hidden, dtype=current().fp8)
+        work = replace(work, act=act, gathered=gathered)
+    gate_up, down = stack(hidden, 2 * inter * parts, fp8), stack(inter * parts, hidden, fp8)
     part = grouped_ffn(x, torch.empty(tokens, topk), gate_up, down, work)
     sum_slots(part, torch.empty(tokens, hidden, dtype=torch.bfloat16))
 
@@ -51,8 +53,23 @@ CASES = [case("R1", R1, 256, tokens) for tokens in (1, 512, 1024, 4096)]
 CASES += [case("V2-Lite", V2_LITE, 64, tokens) for tokens in (1, 256, 512, 1024)]
 if current().arch == "sm_90":
     CASES += [
-        Case(f"{name}, one launch", lambda shape=shape, stages=stages: launch(*shape, one_launch(stages), 1), hot=True)
-        for name, shape, stages in (("R1", R1, 6), ("V2-Lite", V2_LITE, 13))
+        Case(
+            f"{name}, one launch of {rows}",
+            lambda shape=shape, rows=rows: launch(*shape, one_launch(rows, shape[3], rows), 1),
+            hot=True,
+        )
+        for name, shape, most in (("R1", R1, 32), ("V2-Lite", V2_LITE, 64))
+        for rows in (8, 16, 32, 64)
+        if rows <= most
+    ]
+    CASES += [
+        Case(
+            f"{name}, in parts",
+            lambda shape=shape, rows=rows: launch(*shape, one_launch(rows, shape[3], rows), 1, parts=9),
+            hot=True,
+        )
+        for name, shape in (("R1", (7168, 2048, 9, True)), ("V2-Lite", (2048, 1216, 9, False)))
+        for rows in (8, 32)
     ]
 
 
