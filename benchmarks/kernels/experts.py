@@ -190,7 +190,7 @@ def case(shape: Shape, tokens: int, goal: str) -> KernelCase:
         flops=6.0 * tokens * topk * hidden * inter,
         kind="fp8" if fp8 else "bf16",
         tiles=lambda: candidates(tokens, topk, experts, fp8),
-        tuned=("experts", shape_name(topk, experts, hidden, inter, fp8), tokens) if tokens > 8 else None,
+        tuned=("experts", shape_name(topk, experts, hidden, inter, fp8), tokens) if tokens > 128 else None,
         check=lambda: error(shape, tokens),
         peers=peers,
         goal=goal,

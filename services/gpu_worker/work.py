@@ -34,7 +34,7 @@ class MlpWork:
         from kernels.expert_plan import plan_experts
         from kernels.experts.tiles import one_launch
 
-        tile = one_launch(rows, fp8) if parts > 1 else None
+        tile = one_launch(rows, fp8, every=True) if parts > 1 else None
         work = ExpertWork.empty(
             rows, parts, parts, hidden, inter // parts, fp8, "cuda", dtype, tile, shared=parts if parts > 1 else 0
         )

@@ -55,7 +55,7 @@ if current().arch == "sm_90":
     CASES += [
         Case(
             f"{name}, one launch of {rows}",
-            lambda shape=shape, rows=rows: launch(*shape, one_launch(rows, shape[3], rows), 1),
+            lambda shape=shape, rows=rows: launch(*shape, one_launch(rows, shape[3], rows=rows), 1),
             hot=True,
         )
         for name, shape, most in (("R1", R1, 32), ("V2-Lite", V2_LITE, 64))
@@ -65,7 +65,7 @@ if current().arch == "sm_90":
     CASES += [
         Case(
             f"{name}, in parts",
-            lambda shape=shape, rows=rows: launch(*shape, one_launch(rows, shape[3], rows), 1, parts=9),
+            lambda shape=shape, rows=rows: launch(*shape, one_launch(rows, shape[3], every=True), 1, parts=9),
             hot=True,
         )
         for name, shape in (("R1", (7168, 2048, 9, True)), ("V2-Lite", (2048, 1216, 9, False)))
