@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.model_config import ModelConfig
 from common.pinned import to_device
+from kernels.expert_plan.naive import ExpertPlan, plan_experts
 from kernels.experts import ExpertWork, slot_table
 from kernels.linear import LinearScratch
 from kernels.mla_prefill import PrefillScratch
@@ -31,16 +32,17 @@ class MlpWork:
 
     @staticmethod
     def empty(rows: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype, parts: int = 1) -> MlpWork:
-        from kernels.expert_plan import plan_experts
         from kernels.experts.tiles import one_launch
 
         tile = one_launch(rows, fp8, every=True) if parts > 1 else None
         work = ExpertWork.empty(
             rows, parts, parts, hidden, inter // parts, fp8, "cuda", dtype, tile, shared=parts if parts > 1 else 0
         )
-        ids = torch.arange(parts, dtype=torch.int32, device="cuda").expand(rows, parts).contiguous()
-        slots = slot_table({part: part for part in range(parts)}, parts)
-        plan_experts(ids, to_device(slots, "cuda"), parts, work.plan)
+        ids = torch.arange(parts).expand(rows, parts)
+        plan = ExpertPlan.empty(rows, parts, parts, work.plan.block_rows, "cpu")
+        plan_experts(ids, slot_table({part: part for part in range(parts)}, parts), parts, plan)
+        for part in ("pairs", "places", "blocks", "counts"):
+            getattr(work.plan, part).copy_(to_device(getattr(plan, part), "cuda"))
         return MlpWork(work, torch.ones(rows, parts, device="cuda"))
 
 
