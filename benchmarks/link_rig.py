@@ -70,9 +70,9 @@ def _echo(
     PDL: tl.constexpr,
 ):  # fmt: skip
     index, programs = tl.program_id(0), tl.num_programs(0)
+    base, flag, live = tl.load(table + BASE), word_at(table, FLAG), tl.load(table + LIVE) != 0
     wait_ahead(PDL)
     let_next_begin(PDL)
-    base, flag, live = tl.load(table + BASE), word_at(table, FLAG), tl.load(table + LIVE) != 0
     asked, answers = tl.minimum(tl.load(count), bound), live & (tl.load(ok) != 0)
     group, k, groups = tl.arange(0, GROUPS), tl.arange(0, K), hidden // 128
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]

@@ -91,10 +91,10 @@ def _dispatch(
 ):  # fmt: skip
     """Rows to the peers. TOKENS 0: `_place` has found their places; else, for few, each program does by itself."""
     index, peer, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    entry = table + peer * COLUMNS
+    live, base, flag = tl.load(entry + LIVE) != 0, tl.load(entry + BASE), word_at(entry, FLAG)  # same for all a step
     wait_ahead(PDL)
     let_next_begin(PDL)
-    entry = table + peer * COLUMNS
-    live, base, flag = tl.load(entry + LIVE) != 0, tl.load(entry + BASE), word_at(entry, FLAG)
     sends = live & (tl.load(ok) != 0)
     first_slot = first_reply + peer * block_rows
     at, group, k = tl.arange(0, WORDS), tl.arange(0, GROUPS), tl.arange(0, K)
@@ -148,11 +148,12 @@ def _wait(
 @triton.jit
 def _combine(rows, slots, out, hidden, PEERS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
+    slot = ()
+    for peer in tl.static_range(PEERS):  # of `dispatch`, which has ended; before our own wait only the L2 is sure of it
+        place = tl.load(slots + t * PEERS + peer, cache_modifier=".cg")
+        slot = slot + (place.to(tl.int64),)  # type: ignore[assignment]  # noqa: RUF005
     wait_ahead(PDL)
     let_next_begin(PDL)
-    slot = ()
-    for peer in tl.static_range(PEERS):
-        slot = slot + (tl.load(slots + t * PEERS + peer).to(tl.int64),)  # type: ignore[assignment]  # noqa: RUF005
     at = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for peer in tl.static_range(PEERS):
@@ -167,10 +168,10 @@ def _give_back(
     TOPK: tl.constexpr, BLOCK: tl.constexpr, TICKET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     index, programs = tl.program_id(0), tl.num_programs(0)
+    base, flag, live = tl.load(table + BASE), word_at(table, FLAG), tl.load(table + LIVE) != 0  # same for all a step
     wait_ahead(PDL)
     let_next_begin(PDL)
-    base, flag, asked = tl.load(table + BASE), word_at(table, FLAG), tl.minimum(tl.load(count), bound)
-    answers = (tl.load(table + LIVE) != 0) & (tl.load(ok) != 0)
+    asked, answers = tl.minimum(tl.load(count), bound), live & (tl.load(ok) != 0)
     at = tl.arange(0, BLOCK)
     if answers:
         row = index.to(tl.int64)
