@@ -15,7 +15,7 @@ class SlotRows:
     rows[slots[t, k]], in float32 and in the order of k, rounded as it would be on its way over a link."""
 
     rows: Tensor  # [slots, hidden]
-    slots: Tensor  # int32 [T, topk], -1: none; whoever wrote them has ended before combine_norm can begin
+    slots: Tensor  # int32 [T, topk], -1: none
     awaited: bool = False  # the launch ahead waits for another process, which may need this GPU
 
     def sum(self) -> Tensor:

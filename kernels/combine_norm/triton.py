@@ -22,10 +22,10 @@ def _combine_norm(
     inside = at < hidden
     let_next_begin(PDL)
     gain = tl.load(weight + at, mask=inside, other=0.0)
+    wait_ahead(PDL)
     slot = ()  # before the rows, one after another of which would wait for its own
     for k in tl.static_range(TOPK):
         slot += (tl.load(slots + t * TOPK + k).to(tl.int64),)  # type: ignore[assignment]
-    wait_ahead(PDL)
     total = tl.load(residual + t * hidden + at, mask=inside, other=0.0).to(tl.float32)
     if PARTS >= 1:
         total += tl.load(first + t * hidden + at, mask=inside, other=0.0).to(tl.float32)
