@@ -222,7 +222,8 @@ class Engine:
         except StepFailed as failed:
             self._undo(step, failed)
             return {}
-        planner.pace.learn(len(step.plan.decodes), sum(c.rows for c in step.plan.prefills), computed.seconds)
+        prompts = [(chunk.start, chunk.rows) for chunk in step.plan.prefills]
+        planner.pace.learn(len(step.plan.decodes), prompts, computed.seconds)
         planner.publish(step.plan)
         return self._take_in(step.plan, computed)
 
