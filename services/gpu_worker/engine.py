@@ -223,7 +223,9 @@ class Engine:
             self._undo(step, failed)
             return {}
         prompts = [(chunk.start, chunk.rows) for chunk in step.plan.prefills]
-        planner.pace.learn(len(step.plan.decodes), prompts, computed.seconds)
+        # A running stream waits from the end of one step to that of the next, also where the device did for the host.
+        seconds = max(computed.seconds, time.perf_counter() - self._told)
+        planner.pace.learn(len(step.plan.decodes), prompts, seconds)
         planner.publish(step.plan)
         return self._take_in(step.plan, computed)
 
