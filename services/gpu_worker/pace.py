@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,6 +109,15 @@ class Pace:
                 self._late.append(seconds / expected)
         self._steps.append((tokens, pairs, max(0.0, seconds - decode)))
         self._costs = _fit(self._steps)
+
+    def rehearse(self, decode: float, prefill: Callable[[int, int], float], max_context: int) -> None:
+        """So that the first prompts go through in large steps. `decode`: seconds of a step of decodes alone; `prefill`
+        computes so many rows, the last of so long a context, and tells its seconds."""
+        self.learn(1, [], decode)
+        few, longest = min(512, self._most), max(self._most, min(max_context, REACH))
+        for rows, context in ((self._most, self._most), (few, few), (self._most, longest)):
+            seconds = min(prefill(rows, context) for _ in range(2))  # the first may have to load kernels
+            self.learn(0, [(context - rows, rows)], seconds)
 
 
 def _pairs(start: int, rows: int) -> float:
