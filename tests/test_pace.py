@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from services.gpu_worker.pace import GROWTH, ROUND, Pace
+from services.gpu_worker.pace import GROWTH, ROUND, Costs, Pace, Room
 
 BOUND, MOST, DECODES = 0.05, 4096, 32
 
@@ -231,6 +231,25 @@ def test_a_prompt_goes_on_even_where_the_bound_cannot_be_kept(seed: int) -> None
     run.prompts(machine, [1000, 1000], at_once=2)
     assert {rows for step in run.steps for _, rows in step} == {ROUND, 1000 % ROUND}
     assert all(len(step) == 1 for step in run.steps)
+
+
+@seeds
+def test_costs_that_leave_no_room_do_not_make_tokens_seem_free(seed: int) -> None:
+    """The window then knows of large steps that were fast and of small ones that are slow."""
+    machine = Machine(0.0116, 0.012, 9e-6, 0.55e-9)
+    run = served(machine, seed)
+    run.prompts(machine, [8192] * 20)
+    before = len(run.steps)
+    run.prompts(replace(machine, fixed=0.048, token=36e-6, pair=2.2e-9), [8192] * 2)
+    assert max(run.tokens()[before + 5 :]) == ROUND
+
+
+def test_only_the_first_prompt_of_a_step_gets_more_than_there_is_time_for() -> None:
+    costs = Costs(token=1e-6)
+    room = Room(MOST, 200e-6, costs)
+    assert [room.take(100, 0), room.take(500, 0)] == [100, 0] and not room
+    room = Room(MOST, 50e-6, costs)
+    assert room.take(500, 0) == ROUND and not room
 
 
 @seeds

@@ -11,7 +11,6 @@ import numpy as np
 
 ROUND = 128  # prompt tokens: what a step's share of a prompt is a multiple of, and its least
 WINDOW = 64  # steps with prompt tokens: what is known of costs is known from so many
-FADE = 0.96  # a step's weight to that of the one after it
 RIDGE = 0.01  # steps' worth of belief in costs of 0: what steps that are all alike leave open is shared out by it
 UNIT = 4 * ROUND  # prompt tokens: a smaller step is thought to cost little more than its fixed part
 REACH = 8192  # positions: over so many a token's cost is thought to grow by what it is at the first
@@ -130,8 +129,7 @@ def _fit(steps: Sequence[tuple[int, float, float]]) -> Costs:
     tokens, pairs, seconds = np.array(steps).T
     unit = max(UNIT, tokens.max())
     x = np.stack((np.ones_like(tokens), tokens / unit, pairs / (unit * REACH)))  # [3, steps]
-    weighted = x * FADE ** np.arange(len(seconds))[::-1]
-    gram, moment = weighted @ x.T + RIDGE * np.eye(3), weighted @ seconds
+    gram, moment = x @ x.T + RIDGE * np.eye(3), x @ seconds
     kept, found = [0, 1, 2], np.zeros(3)
     while (part := np.linalg.solve(gram[np.ix_(kept, kept)], moment[kept])).min() < 0:
         del kept[part.argmin()]
