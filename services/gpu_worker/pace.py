@@ -82,6 +82,7 @@ class Pace:
         self._steps = deque[tuple[int, float, float]](maxlen=WINDOW)  # prompt tokens, pairs, seconds beside decodes
         # Of steps with both, time taken to time expected. Two values are what it takes to decide the quantile.
         self._late = deque([UNSURE, UNSURE], maxlen=WINDOW)
+        self._lateness = UNSURE
 
     def room(self, decodes: int) -> Room:
         """For a step with so many decodes."""
@@ -89,7 +90,7 @@ class Pace:
             return Room(self._most, math.inf, Costs())
         largest = max((tokens for tokens, _, _ in self._steps), default=0)
         tokens = min(self._most, max(ROUND, GROWTH * largest // ROUND * ROUND))
-        seconds = MARGIN * self._bound / max(1.0, float(np.quantile(self._late, QUANTILE)))
+        seconds = MARGIN * self._bound / self._lateness
         return Room(tokens, seconds - self._decode - self._costs.fixed, self._costs)
 
     def learn(self, decodes: int, prompts: Iterable[tuple[int, int]], seconds: float) -> None:
@@ -106,6 +107,7 @@ class Pace:
             seconds = min(seconds, OUTLIER * expected)
             if decodes:
                 self._late.append(seconds / expected)
+                self._lateness = max(1.0, float(np.quantile(self._late, QUANTILE)))
         self._steps.append((tokens, pairs, max(0.0, seconds - decode)))
         self._costs = _fit(self._steps)
 
