@@ -4,6 +4,8 @@ launched, as a GPU's does, against the one that does not overlap."""
 from __future__ import annotations
 
 import functools
+import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -138,6 +140,21 @@ def test_a_request_aborted_while_its_step_is_under_way_ends_once() -> None:
     assert [c.finish for c in told.chunks["gone"] if c.finish] == ["abort"]
     assert told.chunks["gone"][-1].index == len(told.chunks["gone"]) - 1
     assert [c.tokens for c in told.chunks["stays"]] == [c.tokens for c in alone]
+
+
+@pytest.mark.parametrize("on_device", [0.001, 5.0], ids=["the host was late", "the host rested before"])
+def test_a_step_takes_what_its_streams_wait_for_it(on_device: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(LateRunner):
+        def finish(self, launched: Computed) -> Computed:
+            time.sleep(0.02)
+            return replace(launched, seconds=on_device)
+
+    run, known = Run(Late), list[tuple[int, list[tuple[int, int]], float]]()
+    monkeypatch.setattr(run.engine.planner.pace, "learn", lambda *step: known.append(step))
+    run.run([ask("a", [5] * 130, max_tokens=4, temperature=0.0, ignore_eos=True)])
+    assert [step[:2] for step in known] == [(0, [(0, 96)]), (0, [(96, 34)]), (1, []), (1, []), (1, [])]
+    for _, _, seconds in known:
+        assert 0.02 <= seconds < 4.0 if on_device < 0.02 else seconds == on_device
 
 
 def test_the_pages_of_what_ended_late_are_known_to_those_that_come_after() -> None:

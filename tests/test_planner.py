@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from common.messages import Generate, Sampling, TokenLogprobs
 from common.pages import PAGE, page_hashes
-from services.gpu_worker.pace import Pace
+from services.gpu_worker.pace import ROUND, Pace
 from services.gpu_worker.pages import PageAllocator
 from services.gpu_worker.planner import Planner
 
@@ -54,6 +54,19 @@ def test_decodes_come_first_and_prefill_is_chunked():
     assert step(p) == [("a", 30, 1), ("b", 0, 100)]
     assert step(p) == [("a", 31, 1), ("b", 100, 50)]
     assert step(p) == [("a", 32, 1), ("b", 150, 1)]
+
+
+def test_a_step_beside_decodes_has_no_more_of_prompts_than_its_room():
+    p = planner(pages=32)
+    p.pace = Pace(4096, bound=0.05)
+    p.add(request([1] * 30, name="a"))
+    step(p)
+    p.pace.learn(1, [], 0.04)
+    p.pace.learn(1, [(0, 4 * ROUND)], 0.08)
+    for name in "bc":
+        p.add(request([2] * 300, name=name))
+    assert step(p) == [("a", 30, 1), ("b", 0, ROUND)] and p.waiting == 1
+    assert step(p) == [("a", 31, 1), ("b", ROUND, ROUND)]
 
 
 def test_equal_prefixes_share_pages_and_the_last_token_is_computed():

@@ -222,7 +222,10 @@ class Engine:
         except StepFailed as failed:
             self._undo(step, failed)
             return {}
-        planner.pace.learn(len(step.plan.decodes), sum(c.rows for c in step.plan.prefills), computed.seconds)
+        prompts = [(chunk.start, chunk.rows) for chunk in step.plan.prefills]
+        # A running stream waits from the end of one step to that of the next, also where the device did for the host.
+        seconds = max(computed.seconds, time.perf_counter() - self._told)
+        planner.pace.learn(len(step.plan.decodes), prompts, seconds)
         planner.publish(step.plan)
         return self._take_in(step.plan, computed)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import structlog
 import torch
@@ -61,10 +63,12 @@ def make_engine(
     for rows in prefill_sizes(chunk_tokens):
         rehearse_prefill(model, rows, rows, fp8_cache)
     log.info("decode graphs", buckets=sorted(runner.graphs))
+    pace = Pace(chunk_tokens, itl)
+    if itl and links is None:  # no shard answers yet: what theirs cost is learned from steps
+        pace.rehearse(runner.time_decodes(), partial(rehearse_prefill, model, fp8_cache=fp8_cache), max_context)
     planner = Planner(
-        PageAllocator(pages), config.fingerprint, max_batch=max_batch, pace=Pace(chunk_tokens, itl),
-        prefix_cache=prefix_cache,
-    )  # fmt: skip
+        PageAllocator(pages), config.fingerprint, max_batch=max_batch, pace=pace, prefix_cache=prefix_cache
+    )
     return Engine(config, runner, planner, sampler, emit, log)
 
 
@@ -110,14 +114,15 @@ def cache_pages(
     return max(16, min(room // page, most))
 
 
-def rehearse_prefill(model: Model, rows: int, context: int, fp8_cache: bool) -> None:
-    """A pass of so many rows that ends a prompt of `context` tokens: it compiles the kernels, and with the largest
-    numbers it takes the most memory that a step may take."""
+def rehearse_prefill(model: Model, rows: int, context: int, fp8_cache: bool) -> float:
+    """A pass of so many rows that ends a prompt of `context` tokens, and its seconds: it compiles the kernels, and with
+    the largest numbers it takes the most memory that a step may take."""
     context = max(rows, context)
     cache = model.new_cache(1, fp8_cache)
+    positions = torch.arange(context - rows, context, device="cuda")
     batch = Batch(
-        tokens=torch.zeros(rows, dtype=torch.int64, device="cuda"),
-        positions=torch.arange(context - rows, context, device="cuda"),
+        tokens=positions % model.config.vocab,  # that differ: equal ones would all choose the same few experts
+        positions=positions,
         write=torch.full((rows,), -1, device="cuda"),
         n_decode=0,
         block_table=torch.zeros(0, 0, dtype=torch.int32, device="cuda"),
@@ -126,5 +131,8 @@ def rehearse_prefill(model: Model, rows: int, context: int, fp8_cache: bool) -> 
         logit_rows=torch.zeros(1, dtype=torch.int64, device="cuda"),
     )
     work = model.new_work(rows, context=1 << max(context - 1, 1).bit_length())
+    torch.cuda.synchronize()
+    began = time.perf_counter()
     model.logits(model.hidden(batch, cache, work), batch.logit_rows)
     torch.cuda.synchronize()
+    return time.perf_counter() - began

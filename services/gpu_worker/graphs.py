@@ -7,10 +7,12 @@ names it is under way: the newer one's writes come later.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -180,6 +182,19 @@ class GpuRunner:
             self.graphs[rows] = DecodeGraph(forward, greedy, random, one.logits, one.work.x)
         torch.cuda.synchronize()
 
+    def time_decodes(self) -> float:
+        """Seconds that the largest decode graph takes once it has run, with nothing in the cache."""
+        self._blank(self._max_batch)
+        graph, seconds = self.graphs[self._max_batch], 0.0
+        for _ in range(2):
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            graph.forward.replay()
+            graph.greedy.replay()
+            torch.cuda.synchronize()
+            seconds = time.perf_counter() - began
+        return seconds
+
     def bucket(self, rows: int) -> int:
         """The size of the graph that takes so many decodes."""
         return min(size for size in self.graphs if size >= rows)
@@ -315,10 +330,12 @@ class GpuRunner:
         )
 
     def _blank(self, rows: int) -> None:
-        """Inputs of which no row is real: for runs whose results nobody wants."""
-        host = self._inputs.on_host[0]
-        for name, padding in {"write": -1, "source": -1, "context": 0, "tokens": 0, "positions": 0, "top_p": 1}.items():
-            host[name][:rows] = padding
+        """Inputs of which no row is real: for runs whose results nobody wants. Their tokens differ, as real ones' do:
+        so they choose as many experts."""
+        host, tokens = self._inputs.on_host[0], np.arange(rows) % self._model.config.vocab
+        blank = {"write": -1, "source": -1, "context": 0, "tokens": tokens, "positions": 0, "top_p": 1}
+        for name, value in blank.items():
+            host[name][:rows] = value
         self._inputs.send(0)
 
     def _graph(self, launch: Any) -> torch.cuda.CUDAGraph:

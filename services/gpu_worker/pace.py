@@ -2,39 +2,139 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
 ROUND = 128  # prompt tokens: what a step's share of a prompt is a multiple of, and its least
-MARGIN = 0.85  # of the bound that is planned with: steps differ, and a prompt's later tokens cost more than its earlier
-WEIGHT = 0.3  # of the newest step in what is expected of the next
+WINDOW = 64  # steps with prompt tokens: what is known of costs is known from so many
+RIDGE = 0.01  # steps' worth of belief in costs of 0: what steps that are all alike leave open is shared out by it
+UNIT = 4 * ROUND  # prompt tokens: a smaller step is thought to cost little more than its fixed part
+REACH = 8192  # positions: over so many a token's cost is thought to grow by what it is at the first
+GROWTH = 2  # times the largest step in the window: how far costs are trusted
+QUANTILE = 0.98  # of the steps, which end in time
+UNSURE = 1.1  # time taken to time expected, before steps have told
+OUTLIER = 1.5  # times what is expected: longer is a mishap, and counts as this
+MARGIN = 0.96  # of the bound that is planned with: tokens have a way to go after their step
+WEIGHT = 0.3  # of the newest step in what is expected of the next decodes
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that prompts add to a step: once, for a token, and for a token and a position that it attends to."""
+
+    fixed: float = 0.0
+    token: float = 0.0
+    pair: float = 0.0
+
+    def seconds(self, tokens: int, pairs: float) -> float:
+        return self.fixed + self.token * tokens + self.pair * pairs
+
+    def rows(self, seconds: float, start: int) -> float:
+        """How many from position `start` on are computed in so many seconds: token * rows + pair * pairs."""
+        if seconds <= 0:
+            return 0.0
+        if not (self.token or self.pair):
+            return math.inf
+        token = self.token + self.pair * start
+        return 2 * seconds / (token + math.sqrt(token * token + 2 * self.pair * seconds))
+
+
+class Room:
+    """What a step may take of prompts. It is full once time is short: that is false."""
+
+    def __init__(self, tokens: int, seconds: float, costs: Costs) -> None:
+        """`seconds` beside the fixed costs."""
+        self._tokens, self._seconds, self._costs = tokens, seconds, costs
+        self._least = ROUND
+
+    def __bool__(self) -> bool:
+        return self._tokens > 0
+
+    def take(self, left: int, start: int) -> int:
+        """The rows for a prompt of which so many are left, from position `start` on. Only the first surely gets any."""
+        rows, fit = min(left, self._tokens), self._costs.rows(self._seconds, start)
+        self._tokens -= rows
+        if fit < rows:
+            rows, self._tokens = min(rows, max(self._least, int(fit) // ROUND * ROUND)), 0
+        self._seconds -= self._costs.seconds(rows, _pairs(start, rows)) - self._costs.fixed
+        self._least = 0
+        return rows
 
 
 class Pace:
     """Learns what decodes and prompt tokens cost, and plans steps that keep the time between two tokens of a running
     request within a bound. A prompt gets ROUND tokens a step at least, whatever that does to the bound: none starves.
+
+    What decodes take is learned from steps without prompt tokens. Where prompts come without a pause and it changes,
+    the fixed cost makes up for it: that is fitted to what the steps took beyond what their decodes were thought to.
     """
 
     def __init__(self, most: int, bound: float = 0.0) -> None:
         """`most` prompt tokens in any step; `bound` in seconds, 0: none."""
-        self.most = most
+        self._most = most
         self._bound = bound
         self._decode = 0.0  # seconds of a step without prompt tokens
-        self._token = 0.0  # seconds that a prompt token adds
+        self._costs = Costs()
+        self._steps = deque[tuple[int, float, float]](maxlen=WINDOW)  # prompt tokens, pairs, seconds beside decodes
+        # Of steps with both, time taken to time expected. Two values are what it takes to decide the quantile.
+        self._late = deque([UNSURE, UNSURE], maxlen=WINDOW)
+        self._lateness = UNSURE
 
-    def tokens(self, decodes: int) -> int:
+    def room(self, decodes: int) -> Room:
         """For a step with so many decodes."""
         if not decodes or not self._bound:
-            return self.most
-        if not self._token:  # nothing is known yet: a small step tells
-            return min(self.most, ROUND)
-        room = (MARGIN * self._bound - self._decode) / self._token
-        return min(self.most, max(ROUND, int(room) // ROUND * ROUND))
+            return Room(self._most, math.inf, Costs())
+        largest = max((tokens for tokens, _, _ in self._steps), default=0)
+        tokens = min(self._most, max(ROUND, GROWTH * largest // ROUND * ROUND))
+        seconds = MARGIN * self._bound / self._lateness
+        return Room(tokens, seconds - self._decode - self._costs.fixed, self._costs)
 
-    def learn(self, decodes: int, tokens: int, seconds: float) -> None:
-        """A step of so many decodes and prompt tokens took so long."""
-        if not tokens:
-            self._decode = _towards(self._decode, seconds)
-        elif tokens >= ROUND:
-            self._token = _towards(self._token, max(0.0, seconds - (self._decode if decodes else 0.0)) / tokens)
+    def learn(self, decodes: int, prompts: Iterable[tuple[int, int]], seconds: float) -> None:
+        """A step of so many decodes, and of prompts from (position, so many rows) on, took so long."""
+        if not self._bound:
+            return
+        prompts, decode = list(prompts), self._decode if decodes else 0.0
+        if not prompts:
+            self._decode = decode + WEIGHT * (min(seconds, OUTLIER * decode) - decode) if decode else seconds
+            return
+        tokens, pairs = sum(rows for _, rows in prompts), sum(_pairs(*prompt) for prompt in prompts)
+        if self._steps:
+            expected = decode + self._costs.seconds(tokens, pairs)
+            seconds = min(seconds, OUTLIER * expected)
+            if decodes:
+                self._late.append(seconds / expected)
+                self._lateness = max(1.0, float(np.quantile(self._late, QUANTILE)))
+        self._steps.append((tokens, pairs, max(0.0, seconds - decode)))
+        self._costs = _fit(self._steps)
+
+    def rehearse(self, decode: float, prefill: Callable[[int, int], float], max_context: int) -> None:
+        """So that the first prompts go through in large steps. `decode`: seconds of a step of decodes alone; `prefill`
+        computes so many rows, the last of so long a context, and tells its seconds."""
+        self.learn(1, [], decode)
+        few, longest = min(512, self._most), max(self._most, min(max_context, REACH))
+        for rows, context in ((self._most, self._most), (few, few), (self._most, longest)):
+            seconds = min(prefill(rows, context) for _ in range(2))  # the first may have to load kernels
+            self.learn(0, [(context - rows, rows)], seconds)
 
 
-def _towards(old: float, new: float) -> float:
-    return new if not old else old + WEIGHT * (new - old)
+def _pairs(start: int, rows: int) -> float:
+    """Of a row and a position that it attends to."""
+    return rows * (start + rows / 2)
+
+
+def _fit(steps: Sequence[tuple[int, float, float]]) -> Costs:
+    """By least squares, none negative: those that would be are left out."""
+    tokens, pairs, seconds = np.array(steps).T
+    unit = max(UNIT, tokens.max())
+    x = np.stack((np.ones_like(tokens), tokens / unit, pairs / (unit * REACH)))  # [3, steps]
+    gram, moment = x @ x.T + RIDGE * np.eye(3), x @ seconds
+    kept, found = [0, 1, 2], np.zeros(3)
+    while (part := np.linalg.solve(gram[np.ix_(kept, kept)], moment[kept])).min() < 0:
+        del kept[part.argmin()]
+    found[kept] = part
+    fixed, token, pair = found.tolist()
+    return Costs(fixed, token / unit, pair / (unit * REACH))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from common.messages import Generate, TokenLogprobs
 from common.pages import PAGE, extend_hashes
-from services.gpu_worker.pace import Pace
+from services.gpu_worker.pace import Pace, Room
 from services.gpu_worker.pages import PageAllocator
 from services.gpu_worker.turns import Turns
 
@@ -198,8 +198,8 @@ class Planner:
         return started
 
     def plan(self) -> Plan:
-        budget = self.pace.tokens(sum(s.left == 1 for s in self.running))
-        planned = [*self._plan_decodes(), *self._plan_prefills(budget)]
+        room = self.pace.room(sum(s.left == 1 for s in self.running))
+        planned = [*self._plan_decodes(), *self._plan_prefills(room)]
         alive = set(map(id, self.running))
         chunks = [c for c in planned if id(c.sequence) in alive and c.life == c.sequence.preemptions]
         # A one-row chunk of a prefill is a decode like any other: same rows, same kernel.
@@ -216,13 +216,13 @@ class Planner:
             self.turns.had(tenant, rows)
         return chunks
 
-    def _plan_prefills(self, budget: int) -> list[Chunk]:
+    def _plan_prefills(self, room: Room) -> list[Chunk]:
         """Prompts under way and new ones, by turns. Once the next new one finds no room no other is admitted: what
         becomes free is kept until that one fits."""
         chunks: list[Chunk] = []
         begun = [s for s in self.running if s.left > 1]
         may_admit = True
-        while budget:
+        while room:
             begun = [s for s in begun if s.pages]
             candidates = begun + (self._heads() if may_admit else [])
             if not candidates:
@@ -233,10 +233,10 @@ class Planner:
             elif not self._admit(chosen):
                 may_admit = False
                 continue
-            rows = min(chosen.left, budget)
+            if not (rows := room.take(chosen.left, chosen.computed)):
+                break
             chunks.append(Chunk(chosen, chosen.computed, rows, chosen.preemptions))
             self.turns.had(chosen.tenant, rows)
-            budget -= rows
         return chunks
 
     def _turn(self, sequence: Sequence) -> tuple[int, bool, int, bool, int]:
