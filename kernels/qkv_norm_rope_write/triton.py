@@ -146,6 +146,7 @@ def _rope_q(
     HEAD: tl.constexpr = NOPE + ROPE
     source = q + (t * heads + first) * HEAD + NOPE
     let_next_begin(PDL)
+    wait_ahead(PDL)
     cos_sin = _turn(turns, positions, t, ROPE)
     head, within, inside, turned = _rotated(source, None, cos_sin, heads - first, HEAD, HEADS, ROPE)
     tl.store(out + t * out_token + (first + head) * out_head + within, turned, mask=inside)
