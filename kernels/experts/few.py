@@ -91,7 +91,7 @@ def _multiply(
     N: gl.constexpr = xs.shape[1]
     UP_STEPS: gl.constexpr = HIDDEN // BK
     DOWN_STEPS: gl.constexpr = INTER // BK
-    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, N, BK // 4])
+    PART: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, BK // 4])
     n = gl.arange(0, N, gl.SliceLayout(0, PART))
     r = gl.arange(0, STRIP, gl.SliceLayout(1, PART))
     cuda.gdc_wait()
@@ -121,7 +121,7 @@ def _multiply(
             value = gl.minimum(gl.maximum(value / scale[None, :], -_FP8_MAX), _FP8_MAX)
         to = act + (place * INTER + strip * STRIP)[None, :] + r[:, None]
         gl.store(to, value.to(act.dtype.element_ty), mask=(place >= 0)[None, :])
-        fence_proxies(gl.arange(0, 32 * gl.num_warps(), gl.BlockedLayout([1], [32], [gl.num_warps()], [0])))
+        fence_proxies(gl.arange(0, 128, gl.BlockedLayout([1], [32], [4], [0])))
         gl.thread_barrier()  # all have stored before one of them tells it
         gl.atomic_add(done + b, 1, sem="release", scope="gpu")
         index = hear(indices, full, step, STAGES)
@@ -216,5 +216,5 @@ def grouped_ffn(
         plan.pairs, plan.places, plan.blocks, plan.counts, work.progress, len(rows), most,
         up.view(torch.uint8), ahead,
         hidden, inter, topk, parts, n, every, work.tile["both"]["stages"], scaled,
-        num_warps=8 if scaled and n > 32 else 4, maxnreg=128 if n <= 16 else 192, launch_pdl=True,
+        num_warps=4, maxnreg=128 if n <= 16 else 192, launch_pdl=True,
     )  # fmt: skip

@@ -106,10 +106,10 @@ def _gathered(gate_up: int, down: int) -> Tile:
 
 
 def one_launch(tokens: int, fp8: bool, *, every: bool = False, rows: int = 0, stages: int = 0) -> Tile:
-    """For few.py. `every`: all tokens take every expert, so that blocks of more rows read weights less often. A stage
-    has two strips of weights and `rows`, each 128 bytes wide."""
+    """For few.py. `every`: all tokens take every expert, so that blocks of more rows read weights less often; in 8 bits
+    the sums of more than 32 do not fit. A stage has two strips of weights and `rows`, each 128 bytes wide."""
     if not rows:
-        most = 64 if every else 16 if fp8 or tokens <= 32 else 32
+        most = (32 if fp8 else 64) if every else 16 if fp8 or tokens <= 32 else 32
         rows = max(8, min(most, next_power_of_2(tokens)))
     stages = stages or min(6 if fp8 else 13, (220 << 10) // ((256 if fp8 else 128) + rows) // 128)
     return {"rows": rows, "both": {"stages": stages}}
