@@ -1,5 +1,5 @@
 """The pace on simulated machines: a step takes what its decodes take, and beside them a fixed part, a part a prompt
-token and a part for each position that a token attends to, all with noise."""
+token and a part for each position that a token attends to, all with noise; or what its host takes to launch it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from services.gpu_worker.pace import GROWTH, ROUND, Costs, Pace, Room
+from services.gpu_worker.pace import ANYWAY, GROWTH, ROUND, Costs, Pace, Room
 
 BOUND, MOST, DECODES = 0.05, 4096, 32
 
@@ -21,13 +21,20 @@ class Machine:
     token: float
     pair: float
     noise: float = 0.03
+    host: float = 0.0  # to launch a step with prompts, however large
+    tail: float = 0.2  # half as much again in one of fifty
 
     def seconds(self, rng: Random, decodes: int, prompts: list[tuple[int, int]]) -> float:
         seconds = self.decode if decodes else 0.0
         if prompts:
             pairs = sum(rows * (start + rows / 2) for start, rows in prompts)
             seconds += self.fixed + self.token * sum(rows for _, rows in prompts) + self.pair * pairs
-        return seconds * rng.lognormvariate(0, self.noise)
+        seconds *= rng.lognormvariate(0, self.noise)
+        return max(seconds, self.host * rng.lognormvariate(0, self.tail)) if prompts and self.host else seconds
+
+
+def launched_by(host: float, tail: float = 0.2) -> Machine:
+    return Machine(0.011, 0.01, 9e-6, 0.55e-9, host=host, tail=tail)
 
 
 MACHINES = {
@@ -35,6 +42,7 @@ MACHINES = {
     "attention is dear": Machine(0.0116, 0.008, 5e-6, 3e-9),
     "slow": Machine(0.025, 0.008, 25e-6, 1e-9, noise=0.04),
     "tokens only": Machine(0.01, 0.0, 10e-6, 0.0, noise=0.05),
+    "slow host": launched_by(0.026),
 }
 machines = pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
 seeds = pytest.mark.parametrize("seed", range(3))
@@ -161,7 +169,8 @@ def test_chunks_shrink_along_a_prompt_as_attention_grows(seed: int) -> None:
     machine = MACHINES["attention is dear"]
     run = served(machine, seed)
     run.prompts(machine, [32768] * 3)
-    run.steps.clear(), run.seconds.clear(), run.full.clear()
+    for told in (run.steps, run.seconds, run.full):
+        told.clear()
     run.prompts(machine, [32768])
     rows = run.tokens()[:-1]
     fifth = len(rows) // 5
@@ -234,8 +243,29 @@ def test_without_decodes_or_bound_a_step_is_as_large_as_it_may_be() -> None:
 
 
 @seeds
-def test_a_prompt_goes_on_even_where_the_bound_cannot_be_kept(seed: int) -> None:
+@pytest.mark.parametrize(("host", "tail"), [(0.03, 0.35), (0.034, 0.2), (0.038, 0.2), (0.042, 0.2), (0.055, 0.2)])
+def test_prompts_do_not_crawl_where_it_is_the_host_that_breaks_the_bound(seed: int, host: float, tail: float) -> None:
+    """Smaller chunks would break it as often."""
+    machine, rng = launched_by(host, tail), Random(seed)
+    run = served(machine, seed)
+    run.prompts(machine, [8192] * 20)
+    settled = len(run.steps)
+    assert run.prompts(machine, [8192] * 20) <= 20 * 20
+    least = [machine.seconds(rng, DECODES, [(4096, ROUND)]) for _ in range(2000)]
+    assert np.quantile(run.seconds[settled:], 0.95) <= (1 + ANYWAY) * max(BOUND, np.quantile(least, 0.95))
+
+
+@seeds
+def test_where_the_bound_cannot_be_kept_prompts_add_a_share_to_what_steps_take_anyway(seed: int) -> None:
     machine = Machine(0.06, 0.02, 1e-5, 1e-9)
+    run = served(machine, seed)
+    run.prompts(machine, [8192] * 10)
+    assert 0.8 * (1 + ANYWAY) <= np.mean(run.full[10:]) / 0.08 <= 1.1 * (1 + ANYWAY)
+
+
+@seeds
+def test_a_prompt_goes_on_even_where_there_is_no_time_for_the_least(seed: int) -> None:
+    machine = Machine(0.06, 0.02, 2e-4, 1e-9)
     run = served(machine, seed)
     run.prompts(machine, [1000, 1000], at_once=2)
     assert {rows for step in run.steps for _, rows in step} == {ROUND, 1000 % ROUND}
@@ -245,12 +275,12 @@ def test_a_prompt_goes_on_even_where_the_bound_cannot_be_kept(seed: int) -> None
 @seeds
 def test_costs_that_leave_no_room_do_not_make_tokens_seem_free(seed: int) -> None:
     """The window then knows of large steps that were fast and of small ones that are slow."""
-    machine = Machine(0.0116, 0.012, 9e-6, 0.55e-9)
+    machine = MACHINES["small model"]
     run = served(machine, seed)
     run.prompts(machine, [8192] * 20)
     before = len(run.steps)
     run.prompts(replace(machine, fixed=0.048, token=36e-6, pair=2.2e-9), [8192] * 2)
-    assert max(run.tokens()[before + 10 :]) == ROUND
+    assert max(run.tokens()[before + 5 :]) <= 4 * ROUND
 
 
 def test_only_the_first_prompt_of_a_step_gets_more_than_there_is_time_for() -> None:

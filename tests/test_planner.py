@@ -61,8 +61,8 @@ def test_a_step_beside_decodes_has_no_more_of_prompts_than_its_room():
     p.pace = Pace(4096, bound=0.05)
     p.add(request([1] * 30, name="a"))
     step(p)
-    p.pace.learn(1, [], 0.04)
-    p.pace.learn(1, [(0, 4 * ROUND)], 0.08)
+    p.pace.learn(1, [], 0.02)
+    p.pace.learn(1, [(0, 4 * ROUND)], 0.06)
     for name in "bc":
         p.add(request([2] * 300, name=name))
     assert step(p) == [("a", 30, 1), ("b", 0, ROUND)] and p.waiting == 1

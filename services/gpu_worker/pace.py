@@ -17,8 +17,10 @@ REACH = 8192  # positions: over so many a token's cost is thought to grow by wha
 GROWTH = 2  # times the largest step in the window: how far costs are trusted
 QUANTILE = 0.98  # of the steps, which end in time
 UNSURE = 1.1  # time taken to time expected, before steps have told
-OUTLIER = 1.5  # times what is expected: longer is a mishap, and counts as this
+LATEST = 1.25  # that, as far as it is planned for: smaller steps do not help against noise that is larger
+OUTLIER = 1.5  # times what is expected: longer is a mishap, and counts as this, but twice in a row
 MARGIN = 0.96  # of the bound that is planned with: tokens have a way to go after their step
+ANYWAY = 0.2  # of what a step takes without prompt tokens: what they add to it where the bound is lost anyway
 WEIGHT = 0.3  # of the newest step in what is expected of the next decodes
 
 
@@ -68,6 +70,7 @@ class Room:
 class Pace:
     """Learns what decodes and prompt tokens cost, and plans steps that keep the time between two tokens of a running
     request within a bound. A prompt gets ROUND tokens a step at least, whatever that does to the bound: none starves.
+    Where not even so few keep it, the least would only make the time longer during which it is broken: they get more.
 
     What decodes take is learned from steps without prompt tokens. Where prompts come without a pause and it changes,
     the fixed cost makes up for it: that is fitted to what the steps took beyond what their decodes were thought to.
@@ -83,6 +86,7 @@ class Pace:
         # Of steps with both, time taken to time expected. Two values are what it takes to decide the quantile.
         self._late = deque([UNSURE, UNSURE], maxlen=WINDOW)
         self._lateness = UNSURE
+        self._outlier = False  # whether the last step with prompt tokens was one
 
     def room(self, decodes: int) -> Room:
         """For a step with so many decodes."""
@@ -90,8 +94,11 @@ class Pace:
             return Room(self._most, math.inf, Costs())
         largest = max((tokens for tokens, _, _ in self._steps), default=0)
         tokens = min(self._most, max(ROUND, GROWTH * largest // ROUND * ROUND))
-        seconds = MARGIN * self._bound / self._lateness
-        return Room(tokens, seconds - self._decode - self._costs.fixed, self._costs)
+        least = self._decode + self._costs.fixed
+        seconds = MARGIN * self._bound / min(self._lateness, LATEST) - least
+        if (self._decode + self._costs.seconds(ROUND, 0)) * self._lateness > self._bound:
+            seconds = max(seconds, ANYWAY * least)
+        return Room(tokens, seconds, self._costs)
 
     def learn(self, decodes: int, prompts: Iterable[tuple[int, int]], seconds: float) -> None:
         """A step of so many decodes, and of prompts from (position, so many rows) on, took so long."""
@@ -104,9 +111,14 @@ class Pace:
         tokens, pairs = sum(rows for _, rows in prompts), sum(_pairs(*prompt) for prompt in prompts)
         if self._steps:
             expected = decode + self._costs.seconds(tokens, pairs)
-            seconds = min(seconds, OUTLIER * expected)
+            late, before = seconds / expected, self._outlier
+            self._outlier = late > OUTLIER
+            if before and self._outlier:  # costs have changed: beside old steps, that were fast, tokens would seem free
+                self._steps.clear()
+            else:
+                seconds = min(seconds, OUTLIER * expected)
             if decodes:
-                self._late.append(seconds / expected)
+                self._late.append(min(late, OUTLIER))
                 self._lateness = max(1.0, float(np.quantile(self._late, QUANTILE)))
         self._steps.append((tokens, pairs, max(0.0, seconds - decode)))
         self._costs = _fit(self._steps)
