@@ -57,11 +57,12 @@ def takes_one_launch(tokens: int, hidden: int, inter: int, fp8: bool, dtype: tor
 
 def parts_of(tokens: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype) -> int:
     """Into how many equal parts an expert that all tokens take is cut: `down` of a whole one has too few tiles, and
-    long ones."""
+    long ones. 1 where no few do."""
     strip, most = GROUP if fp8 else 64, 2048
     if not takes_one_launch(tokens, hidden, inter, fp8, dtype):
         return 1
-    return next(parts for parts in range(1, inter + 1) if inter % (parts * strip) == 0 and inter <= most * parts)
+    fitting = (parts for parts in range(1, 17) if inter % (parts * strip) == 0 and inter <= most * parts)
+    return next(fitting, 1)
 
 
 def tile_rule(
