@@ -146,17 +146,8 @@ def test_few_tokens_in_one_launch(
     tokens: int, absent: float, hidden: int, inter: int, experts: int, topk: int, dtype: torch.dtype
 ) -> None:
     hidden, inter = (256, inter) if tokens % 2 else (hidden, 128)  # narrow: fewer tiles than processors, or short ones
-    check(
-        tokens,
-        hidden,
-        inter,
-        experts,
-        list(range(1, experts, 3)),
-        topk,
-        dtype,
-        one_launch(tokens, dtype == FP8, stages=3),
-        absent,
-    )
+    held, tile = list(range(1, experts, 3)), one_launch(tokens, dtype == FP8, stages=3)
+    check(tokens, hidden, inter, experts, held, topk, dtype, tile, absent)
 
 
 @pytest.mark.gpu
