@@ -6,7 +6,7 @@ is read back and nothing allocated in a pass, so that one of decodes alone can b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -116,22 +116,52 @@ class Model:
     def hidden(self, batch: Batch, cache: Cache, work: Work | None = None) -> Tensor:
         """[T, hidden] after the last layer and norm: work.x. Raises PeerLost; then the step can be run again."""
         work = work or self.new_work(len(batch.tokens))
+        attend = self.attention(batch, cache, work)
+        for layer in self.around_attention(batch, cache, work):
+            attend(layer)
+        return work.x
+
+    def around_attention(self, batch: Batch, cache: Cache, work: Work) -> Iterator[int]:
+        """A pass without its attention: yields the number of each layer whose attention is to read work.q and to write
+        work.out. On a GPU what is launched between two of them depends on the number of rows alone, and on whether
+        they are prefill."""
         weights, eps, feed = self.weights, self.config.eps, batch.feed
         if feed is None:
             torch.index_select(weights.embedding, 0, batch.tokens, out=work.h)
         else:
             embed(batch.tokens, feed.source, feed.sampled, weights.embedding, work.h)
-        decode, prefill = _decode_schedule(batch, work), _prefill_plan(batch)
         turns: tuple[Tensor, Tensor | None] = self._turns, batch.positions
         if not self.on_gpu:  # whose kernel looks them up itself
             turns = self._turns[batch.positions].unsqueeze(1), None
         parts: Parts = ()
-        for layer, layer_cache in zip(weights.layers, cache, strict=True):
+        for index, (layer, layer_cache) in enumerate(zip(weights.layers, cache, strict=True)):
             x = self._normed(parts, layer.attn_norm, work, coded=self.fp8)
-            self._attention(layer, x, turns, decode, prefill, batch, layer_cache, work)
-            parts = self._ffn(layer, work, prefill is not None)
+            scratch = work.gpu.qkv if work.gpu else None
+            qkv_norm_rope_write(x, layer.qkv, turns[0], batch.write, layer_cache, work.q, turns[1], scratch)
+            yield index
+            self._add_attended(layer, work)
+            parts = self._ffn(layer, work, bool(batch.prefill))
         combine_norm(work.h, parts, weights.norm, eps, work.x)
-        return work.x
+
+    def attention(
+        self, batch: Batch, cache: Cache, work: Work, scratch: PrefillScratch | None = None
+    ) -> Callable[[int], None]:
+        """What computes that of a layer, for `around_attention`. `batch` may have fewer rows than `work`, and its
+        tensors may be the host's where none decodes. `scratch`: instead of what `work` has."""
+        decode, prefill = _decode_schedule(batch, work), _prefill_plan(batch, work.q.device)
+        n, end, scale = batch.n_decode, len(batch.tokens), self.config.softmax_scale
+        if scratch is None and work.gpu is not None:
+            scratch = work.gpu.prefill
+
+        def attend(index: int) -> None:
+            layer, pages, q, out = self.weights.layers[index], cache[index], work.q, work.out
+            up = layer.w_uk, layer.w_uv
+            if n:
+                mla_decode(q[:n], *up, pages, batch.block_table, batch.context, decode, scale, out[:n])  # type: ignore[arg-type]
+            if prefill is not None:
+                mla_prefill(q[n:end], *up, pages, prefill, scale, out[n:end], scratch)
+
+        return attend
 
     @torch.inference_mode()
     def logits(self, x: Tensor, rows: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -152,26 +182,9 @@ class Model:
         combine_norm(work.h, parts, weight, self.config.eps, out)
         return out
 
-    def _attention(
-        self,
-        layer: Layer,
-        x: Tensor | Fp8Rows,
-        turns: tuple[Tensor, Tensor | None],
-        decode: object,
-        prefill: PrefillPlan | None,
-        batch: Batch,
-        cache: Tensor | Fp8Latent,
-        work: Work,
-    ) -> None:
-        """h += attention(x)"""
-        n, scale, q, out, gpu = batch.n_decode, self.config.softmax_scale, work.q, work.out, work.gpu
-        scratch = gpu.qkv if gpu else None
-        qkv_norm_rope_write(x, layer.qkv, turns[0], batch.write, cache, q, turns[1], scratch)
-        up = layer.w_uk, layer.w_uv
-        if n:
-            mla_decode(q[:n], *up, cache, batch.block_table, batch.context, decode, scale, out[:n])  # type: ignore[arg-type]
-        if prefill is not None:
-            mla_prefill(q[n:], *up, cache, prefill, scale, out[n:], gpu.prefill if gpu else None)
+    def _add_attended(self, layer: Layer, work: Work) -> None:
+        """h += what attention found, projected"""
+        out, gpu = work.out, work.gpu
         attended: Tensor | Fp8Rows = out.view(len(out), -1)
         if gpu is not None and gpu.attended is not None:
             quantise_rows(out.view(len(out), -1), gpu.attended)
@@ -330,9 +343,8 @@ def _decode_schedule(batch: Batch, work: Work) -> object:
     return work.gpu.decode
 
 
-def _prefill_plan(batch: Batch) -> PrefillPlan | None:
+def _prefill_plan(batch: Batch, device: torch.device) -> PrefillPlan | None:
     chunks = batch.prefill
     if not chunks:
         return None
-    device = batch.tokens.device
     return PrefillPlan.of([c.rows for c in chunks], [c.context for c in chunks], [c.pages for c in chunks], device)
