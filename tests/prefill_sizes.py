@@ -60,6 +60,7 @@ def main(shape: str, layers: int, seed: int) -> None:
     from kernels.ahead import prefill_sizes
     from services.expert_shard.stacks import load_stacks
     from services.gpu_worker.gpu_engine import rehearse_prefill
+    from services.gpu_worker.graphs import prefill_buckets
     from services.gpu_worker.model import Model
     from services.gpu_worker.weights import load_weights
 
@@ -76,8 +77,10 @@ def main(shape: str, layers: int, seed: int) -> None:
             rehearse_prefill(model, rows, rows, False)
         found = {}
         draw = random.Random(seed)
-        sizes = [*range(2, 40), *(1 << n for n in range(6, 13)), *(draw.randrange(40, LONGEST) for _ in range(30))]
-        for rows in sorted({*sizes, *(16 * draw.randrange(3, LONGEST // 16) for _ in range(20))}):
+        sizes = {*prefill_buckets(LONGEST), *range(2, 40), *(1 << n for n in range(6, 13))}
+        sizes |= {draw.randrange(40, LONGEST) for _ in range(30)}
+        sizes |= {16 * draw.randrange(3, LONGEST // 16) for _ in range(20)}
+        for rows in sorted(sizes):
             before = set(known)
             rehearse_prefill(model, rows, min(2 * LONGEST, rows * draw.choice((1, 2, 5))), False)
             if new := sorted({name for name, _ in known - before}):

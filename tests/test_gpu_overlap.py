@@ -1,4 +1,4 @@
-"""Launches of a decode step that overlap give bitwise what the same launches give one after another."""
+"""Launches in graphs, where those of a decode step overlap, give bitwise what the same launches give one by one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from common.pages import PAGE
 from common.source import open_source
 from services.expert_shard.stacks import load_stacks
 from services.gpu_worker.weights import load_weights
+from tests.kernel_checks import error_ratio
 
 pytestmark = pytest.mark.gpu
 
@@ -85,3 +86,37 @@ def test_a_step_is_the_same_as_its_launches_one_by_one(runner: Any, rows: int) -
                 step.logits.fill_(torch.nan)
                 graph.replay()
                 assert torch.equal(step.logits, want), f"step {number}: {(step.logits != want).sum()} logits differ"
+
+
+@pytest.mark.parametrize("rows", [128, 200, 1536, 2000])
+def test_a_prefill_in_graphs_is_the_same_as_launch_by_launch(runner: Any, rows: int) -> None:
+    """Bitwise where no row is padding, which may choose other tiles."""
+    from services.gpu_worker.batch import Batch, Chunk
+    from services.gpu_worker.graphs import to_gpu
+
+    if not runner._prefills:
+        runner.capture(2048)
+    torch.manual_seed(rows)
+    model, cache, context = runner._model, runner._cache, rows + 700
+    for turn in range(3):  # the same graphs, other tokens and pages
+        pages = torch.randperm(len(cache[0]))[: -(-context // PAGE)]
+        positions = torch.arange(context - rows, context)
+        batch = Batch(
+            tokens=torch.randint(model.config.vocab, (rows,)),
+            positions=positions,
+            write=pages[positions // PAGE] * PAGE + positions % PAGE,
+            n_decode=0,
+            block_table=torch.zeros(0, 0, dtype=torch.int32),
+            context=torch.zeros(0, dtype=torch.int32),
+            prefill=(Chunk(0, rows, context, pages),),
+            logit_rows=torch.tensor([rows - 1]),
+        )
+        with torch.inference_mode():
+            work = model.new_work(rows, context=4096)
+            want = model.hidden(to_gpu(batch), cache, work).clone()
+            runner._turn = turn % 2
+            found = runner._pass(batch)
+        if rows in runner._prefills:
+            assert torch.equal(found, want)
+        else:
+            assert error_ratio(found, want) < 2e-2

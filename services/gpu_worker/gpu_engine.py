@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from functools import partial
 
 import structlog
 import torch
@@ -13,9 +11,8 @@ from structlog.typing import FilteringBoundLogger
 from common.model_config import ModelConfig
 from common.pages import PAGE
 from kernels.ahead import compiling_ahead, prefill_sizes
-from services.gpu_worker.batch import Batch, Chunk
 from services.gpu_worker.engine import Engine, StepOutput
-from services.gpu_worker.graphs import GpuRunner, StepLinks, buckets
+from services.gpu_worker.graphs import GpuRunner, StepLinks, blank_prefill, buckets, prefill_buckets, to_gpu
 from services.gpu_worker.model import Model, Stack
 from services.gpu_worker.pace import Pace
 from services.gpu_worker.pages import PageAllocator
@@ -59,13 +56,13 @@ def make_engine(
     runner = GpuRunner(
         model, cache, sampler, max_batch=max_batch, max_context=max_context, fp8_cache=fp8_cache, links=links
     )
-    runner.capture()
+    runner.capture(chunk_tokens)
     for rows in prefill_sizes(chunk_tokens):
         rehearse_prefill(model, rows, rows, fp8_cache)
-    log.info("decode graphs", buckets=sorted(runner.graphs))
+    log.info("graphs", decodes=sorted(runner.graphs), prefills=prefill_buckets(chunk_tokens))
     pace = Pace(chunk_tokens, itl)
     if itl and links is None:  # no shard answers yet: what theirs cost is learned from steps
-        pace.rehearse(runner.time_decodes(), partial(rehearse_prefill, model, fp8_cache=fp8_cache), max_context)
+        pace.rehearse(runner.time_decodes(), runner.time_prefill, max_context)
     planner = Planner(
         PageAllocator(pages), config.fingerprint, max_batch=max_batch, pace=pace, prefix_cache=prefix_cache
     )
@@ -96,8 +93,11 @@ def cache_pages(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
+    work = model.new_work(chunk_tokens)
+    captured = (torch.cuda.memory_allocated() - before) * sum(prefill_buckets(chunk_tokens)) // chunk_tokens
+    del work
     rehearse_prefill(model, chunk_tokens, max_context, fp8_cache)
-    needed = torch.cuda.max_memory_allocated() - before + len(buckets(max_batch)) * GRAPHS // 8 + GRAPHS
+    needed = torch.cuda.max_memory_allocated() - before + len(buckets(max_batch)) * GRAPHS // 8 + GRAPHS + captured
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     if model.device_link is not None:
@@ -114,25 +114,11 @@ def cache_pages(
     return max(16, min(room // page, most))
 
 
-def rehearse_prefill(model: Model, rows: int, context: int, fp8_cache: bool) -> float:
-    """A pass of so many rows that ends a prompt of `context` tokens, and its seconds: it compiles the kernels, and with
-    the largest numbers it takes the most memory that a step may take."""
+def rehearse_prefill(model: Model, rows: int, context: int, fp8_cache: bool) -> None:
+    """A pass of so many rows that ends a prompt of `context` tokens: it compiles the kernels, and with the largest
+    numbers it takes the most memory that a step may take."""
     context = max(rows, context)
-    cache = model.new_cache(1, fp8_cache)
-    positions = torch.arange(context - rows, context, device="cuda")
-    batch = Batch(
-        tokens=positions % model.config.vocab,  # that differ: equal ones would all choose the same few experts
-        positions=positions,
-        write=torch.full((rows,), -1, device="cuda"),
-        n_decode=0,
-        block_table=torch.zeros(0, 0, dtype=torch.int32, device="cuda"),
-        context=torch.zeros(0, dtype=torch.int32, device="cuda"),
-        prefill=(Chunk(0, rows, context, torch.zeros(-(-context // PAGE), dtype=torch.int64)),),
-        logit_rows=torch.zeros(1, dtype=torch.int64, device="cuda"),
-    )
+    batch = to_gpu(blank_prefill(rows, context, model.config.vocab))
     work = model.new_work(rows, context=1 << max(context - 1, 1).bit_length())
+    model.logits(model.hidden(batch, model.new_cache(1, fp8_cache), work), batch.logit_rows)
     torch.cuda.synchronize()
-    began = time.perf_counter()
-    model.logits(model.hidden(batch, cache, work), batch.logit_rows)
-    torch.cuda.synchronize()
-    return time.perf_counter() - began

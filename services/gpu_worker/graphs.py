@@ -1,4 +1,4 @@
-"""Steps on a GPU: decodes as a CUDA graph a bucket of rows, then the step's prefill, launched one by one.
+"""Steps on a GPU: decodes as a CUDA graph a bucket of rows, then the step's prefill, in graphs but for its attention.
 
 The host never waits for a step before it launches the next: a token that it has not seen yet is named by the row of the
 step before that samples it. All launches are on one stream, so a page may have a new owner while an older step that
@@ -8,7 +8,7 @@ names it is under way: the newer one's writes come later.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +21,10 @@ from common.device import capturing
 from common.messages import TokenLogprobs
 from common.pages import PAGE
 from common.pinned import to_device, to_host
+from kernels.mla_prefill import PrefillScratch
 from kernels.sample import Logprobs, SampleParams
 from services.gpu_worker.batch import Batch, Feed
+from services.gpu_worker.batch import Chunk as PromptChunk
 from services.gpu_worker.device_link import IN_FLIGHT, DeviceLink
 from services.gpu_worker.model import Cache, Model
 from services.gpu_worker.planner import UNKNOWN, Chunk, Plan, Sequence
@@ -38,6 +40,14 @@ def buckets(most: int) -> list[int]:
     small = [n for n in (1, 2, 4, 8, 12) if n < most]
     steps = [n for n in range(16, most, 8 if most <= 128 else 16)]
     return [*small, *steps, most]
+
+
+PREFILLS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
+
+
+def prefill_buckets(most: int) -> list[int]:
+    """The numbers of prompt rows that passes are captured for. Memory is what bounds them: each has its own scratch."""
+    return [*(rows for rows in PREFILLS if rows < most), most]
 
 
 class StepLinks(Protocol):
@@ -127,6 +137,57 @@ class DecodeGraph:
     hidden: Tensor  # [bucket, hidden]
 
 
+class PrefillGraph:
+    """A pass of one number of rows in as many graphs as it has layers, and one more: attention runs between them, for
+    its launches go with the contexts. Launched one by one, a pass takes the host longer than the device."""
+
+    _INPUTS = ("tokens", "positions", "write")
+
+    def __init__(self, rows: int, model: Model, cache: Cache) -> None:
+        self.work = model.new_work(rows)
+        self.work.out.zero_()  # rows past the last real one are computed too
+        self._rows, self._model, self._cache = rows, model, cache
+        self._device = torch.zeros(len(self._INPUTS), rows, dtype=torch.int64, device="cuda")
+        self._host = [torch.zeros(self._device.shape, dtype=torch.int64, pin_memory=True) for _ in range(IN_FLIGHT)]
+        self._pieces: list[torch.cuda.CUDAGraph] = []
+
+    def _around(self) -> Iterator[int]:
+        nothing = torch.empty(0, 0, dtype=torch.int32, device="cuda")
+        chunk = PromptChunk(0, self._rows, self._rows, nothing[:0])
+        tokens, positions, write = self._device
+        batch = Batch(tokens, positions, write, 0, nothing, nothing[:0], (chunk,), nothing[:0])
+        return self._model.around_attention(batch, self._cache, self.work)
+
+    @torch.inference_mode()
+    def capture(self, pool: Any) -> Any:
+        """The pool."""
+        self._device[self._INPUTS.index("write")] = -1
+        for _ in self._around():  # libraries choose and allocate here
+            pass
+        torch.cuda.synchronize()
+        around, ended = self._around(), False
+        while not ended:
+            graph = torch.cuda.CUDAGraph()
+            with capturing(graph, pool=pool):
+                ended = next(around, None) is None
+            pool = graph.pool()
+            self._pieces.append(graph)
+        return pool
+
+    def replay(self, batch: Batch, turn: int, attend: Callable[[int], None]) -> Tensor:
+        """As Model.hidden: [T, hidden]. `batch` is the host's."""
+        count, host = len(batch.tokens), self._host[turn]
+        for row, (name, padding) in enumerate(zip(self._INPUTS, (0, 0, -1), strict=True)):
+            host[row, :count] = getattr(batch, name)
+            host[row, count:] = padding
+        self._device.copy_(host, non_blocking=True)
+        for layer, piece in enumerate(self._pieces):
+            piece.replay()
+            if layer < len(self._pieces) - 1:
+                attend(layer)
+        return self.work.x[:count]
+
+
 @dataclass(frozen=True)
 class UnderWay:
     """A launched step: where its results will be."""
@@ -159,7 +220,8 @@ class GpuRunner:
         self._results = [torch.zeros(2 * max_batch, dtype=torch.int64, pin_memory=True) for _ in range(IN_FLIGHT)]
         self._row_of: dict[Sequence, int] = {}  # whose last token the step before samples: where in `_sampled`
         self._turn = 0
-        self._works: dict[tuple[int, int], Work] = {}  # of prefills
+        self._prefills: dict[int, PrefillGraph] = {}
+        self._scratch: dict[int, PrefillScratch] = {}  # of the last prefill, by tokens of context: mostly of one size
         self.works: dict[int, Work] = {}  # of the decode graphs
         self.graphs: dict[int, DecodeGraph] = {}
         self._pool: Any = None
@@ -172,14 +234,18 @@ class GpuRunner:
                 for launch in (one.forward, one.greedy, one.random):
                     launch()
 
-    def capture(self) -> None:
-        """All decode graphs, the largest first: the smaller ones' scratch lies in what it took."""
+    def capture(self, prefill_rows: int) -> None:
+        """All decode graphs, the largest first: the smaller ones' scratch lies in what it took; then those of prefills
+        of up to so many rows."""
         self._blank(self._max_batch)
         for rows in reversed(buckets(self._max_batch)):
             one = self._prepare(rows)
             self.works[rows] = one.work
             forward, greedy, random = (self._graph(launch) for launch in (one.forward, one.greedy, one.random))
             self.graphs[rows] = DecodeGraph(forward, greedy, random, one.logits, one.work.x)
+        for rows in prefill_buckets(prefill_rows):
+            self._prefills[rows] = PrefillGraph(rows, self._model, self._cache)
+            self._pool = self._prefills[rows].capture(self._pool)
         torch.cuda.synchronize()
 
     def time_decodes(self) -> float:
@@ -350,27 +416,51 @@ class GpuRunner:
     # ---- prefill
 
     def _prefill(self, chunks: tuple[Chunk, ...], prompts: tuple[Sequence, ...]) -> tuple[Logprobs | None, Tensor]:
-        plan = Plan((), chunks)
-        batch = _to_gpu(build_batch(plan))
-        context = sum(chunk.end for chunk in chunks)
-        model, mask = self._model, self._sampler.begin(prompts)
-        work = self._work(len(batch.tokens), context)
-        if self._links is not None:
-            self._links.ring(len(batch.tokens), prefill=True)
-        hidden = model.hidden(batch, self._cache, work)
+        batch, mask = build_batch(Plan((), chunks)), self._sampler.begin(prompts)
+        hidden = self._pass(batch)
         if not prompts:
             return None, hidden
-        logits = model.logits(hidden, batch.logit_rows)
+        logits = self._model.logits(hidden, to_device(batch.logit_rows, "cuda"))
         out = self._sampled[self._max_batch : self._max_batch + len(prompts)]
         return self._sampler.sample(prompts, logits, out, mask), hidden
 
-    def _work(self, rows: int, context: int) -> Work:
-        """Of the last shape: chunks are mostly of one size."""
+    def _pass(self, batch: Batch) -> Tensor:
+        """[T, hidden] of prompt rows; `batch` is the host's."""
+        size = min(size for size in self._prefills if size >= len(batch.tokens))
+        if self._links is not None:
+            self._links.ring(size, prefill=True)
+        context = sum(chunk.context for chunk in batch.prefill)
         room = 1 << max(context - 1, 1).bit_length()
-        if (rows, room) not in self._works:
-            self._works.clear()
-            self._works[rows, room] = self._model.new_work(rows, context=room)
-        return self._works[rows, room]
+        if room not in self._scratch:
+            self._scratch.clear()
+            self._scratch[room] = self._model.prefill_scratch(room)
+        graph = self._prefills[size]
+        attend = self._model.attention(batch, self._cache, graph.work, self._scratch[room])
+        return graph.replay(batch, self._turn, attend)
+
+    def time_prefill(self, rows: int, context: int) -> float:
+        """Seconds of a pass of so many rows that ends a prompt of `context` tokens, with nothing in the cache."""
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        with torch.inference_mode():
+            self._model.logits(self._pass(blank_prefill(rows, context, self._model.config.vocab))[-1:])
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+
+def blank_prefill(rows: int, context: int, vocab: int) -> Batch:
+    """So many rows that end a prompt of `context` tokens and are written nowhere; all pages are the first one."""
+    positions, nothing = torch.arange(context - rows, context), torch.zeros(0, 0, dtype=torch.int32)
+    return Batch(
+        tokens=positions % vocab,  # that differ: equal ones would all choose the same few experts
+        positions=positions,
+        write=torch.full((rows,), -1),
+        n_decode=0,
+        block_table=nothing,
+        context=nothing[:0],
+        prefill=(PromptChunk(0, rows, context, torch.zeros(-(-context // PAGE), dtype=torch.int64)),),
+        logit_rows=torch.zeros(1, dtype=torch.int64),
+    )
 
 
 def _on_the_way(sequences: tuple[Sequence, ...], found: Logprobs | None) -> list[tuple[tuple[Sequence, ...], Logprobs]]:
@@ -380,7 +470,7 @@ def _on_the_way(sequences: tuple[Sequence, ...], found: Logprobs | None) -> list
     return [(sequences, Logprobs(*map(to_host, (found.wanted, found.chosen, found.ids, found.values))))]
 
 
-def _to_gpu(batch: Batch) -> Batch:
+def to_gpu(batch: Batch) -> Batch:
     def there(x: Tensor) -> Tensor:
         return to_device(x, "cuda")
 

@@ -284,9 +284,7 @@ class Model:
             decode=decode_plan(decodes, 1, c.heads, c.kv_lora, c.rope, dtype, "cuda", fp8=fp8_cache)
             if decodes
             else None,
-            prefill=PrefillScratch.empty(context, c.heads, c.nope + c.v_dim, c.kv_lora, c.rope, dtype, "cuda")
-            if context
-            else None,
+            prefill=self.prefill_scratch(context) if context else None,
             dense=mlp(c.inter, dense, cut=True),
             shared=mlp(c.shared_experts * c.moe_inter, sparse, cut=False),  # whose sum comes beside the shards' rows
             experts=experts,
@@ -294,6 +292,11 @@ class Model:
             coded=rows8(c.hidden) if any_fp8 else None,
             attended=rows8(c.heads * c.v_dim) if self.fp8 else None,
         )
+
+    def prefill_scratch(self, tokens: int) -> PrefillScratch:
+        """For chunks that have up to so many tokens in the cache, all together."""
+        c = self.config
+        return PrefillScratch.empty(tokens, c.heads, c.nope + c.v_dim, c.kv_lora, c.rope, self.dtype, "cuda")
 
     def abridged(self) -> Model:
         """What launches every kernel that this one does, with a dense layer and a sparse one; or two, where a link's
