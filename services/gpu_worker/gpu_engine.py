@@ -57,8 +57,6 @@ def make_engine(
         model, cache, sampler, max_batch=max_batch, max_context=max_context, fp8_cache=fp8_cache, links=links
     )
     runner.capture(chunk_tokens)
-    for rows in prefill_sizes(chunk_tokens):
-        rehearse_prefill(model, rows, rows, fp8_cache)
     log.info("graphs", decodes=sorted(runner.graphs), prefills=prefill_buckets(chunk_tokens))
     pace = Pace(chunk_tokens, itl)
     if itl and links is None:  # no shard answers yet: what theirs cost is learned from steps
