@@ -42,12 +42,10 @@ def buckets(most: int) -> list[int]:
     return [*small, *steps, most]
 
 
-PREFILLS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
-
-
 def prefill_buckets(most: int) -> list[int]:
-    """The numbers of prompt rows that passes are captured for. Memory is what bounds them: each has its own scratch."""
-    return [*(rows for rows in PREFILLS if rows < most), most]
+    """The numbers of prompt rows that passes are captured for, 1.5 times apart at most; each has its own scratch."""
+    sizes = {n for k in range(4, most.bit_length()) for n in (1 << k, 3 << (k - 1))}
+    return sorted({*(n for n in sizes if n < most), most})
 
 
 class StepLinks(Protocol):
@@ -145,7 +143,6 @@ class PrefillGraph:
 
     def __init__(self, rows: int, model: Model, cache: Cache) -> None:
         self.work = model.new_work(rows)
-        self.work.out.zero_()  # rows past the last real one are computed too
         self._rows, self._model, self._cache = rows, model, cache
         self._device = torch.zeros(len(self._INPUTS), rows, dtype=torch.int64, device="cuda")
         self._host = [torch.zeros(self._device.shape, dtype=torch.int64, pin_memory=True) for _ in range(IN_FLIGHT)]
@@ -181,6 +178,7 @@ class PrefillGraph:
             host[row, :count] = getattr(batch, name)
             host[row, count:] = padding
         self._device.copy_(host, non_blocking=True)
+        self.work.out[count:].zero_()  # rows of padding are all alike so, and choose few experts
         for layer, piece in enumerate(self._pieces):
             piece.replay()
             if layer < len(self._pieces) - 1:
