@@ -71,7 +71,7 @@ class Linked(Steady):
         bound: float = 20.0, **settings: Any,
     ) -> None:  # fmt: skip
         from services.gpu_worker.gpu_engine import rehearse_prefill
-        from services.gpu_worker.graphs import buckets
+        from services.gpu_worker.graphs import buckets, prefill_buckets
 
         config = ModelConfig.load(folder)
         source = open_source(folder, config, "checkpoint")
@@ -84,7 +84,7 @@ class Linked(Steady):
         self._make(config, load_weights(config, source, "cuda"), None, kind | {"links": self.links})
         # One process is one context: a kernel that is loaded while others wait in it waits for them.
         for rows in sorted(warm):
-            self.links.rehearse(rows)
+            self.links.rehearse(min(size for size in prefill_buckets(kind["chunk_tokens"]) if size >= rows))
             rehearse_prefill(self.engine.runner._model, rows, kind["max_context"], False)
         torch.cuda.synchronize()
         self.links.start()

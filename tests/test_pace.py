@@ -1,5 +1,6 @@
 """The pace on simulated machines: a step takes what its decodes take, and beside them a fixed part, a part a prompt
-token and a part for each position that a token attends to, all with noise; or what its host takes to launch it."""
+token and a part for each position that a token attends to, all with noise; or what its host takes to launch it. Some
+compute certain numbers of tokens only."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from services.gpu_worker.graphs import prefill_buckets
 from services.gpu_worker.pace import ANYWAY, GROWTH, ROUND, Costs, Pace, Room
 
 BOUND, MOST, DECODES = 0.05, 4096, 32
@@ -23,12 +25,15 @@ class Machine:
     noise: float = 0.03
     host: float = 0.0  # to launch a step with prompts, however large
     tail: float = 0.2  # half as much again in one of fifty
+    sizes: tuple[int, ...] = ()
 
     def seconds(self, rng: Random, decodes: int, prompts: list[tuple[int, int]]) -> float:
         seconds = self.decode if decodes else 0.0
         if prompts:
             pairs = sum(rows * (start + rows / 2) for start, rows in prompts)
-            seconds += self.fixed + self.token * sum(rows for _, rows in prompts) + self.pair * pairs
+            tokens = sum(rows for _, rows in prompts)
+            tokens = min((size for size in self.sizes if size >= tokens), default=tokens)
+            seconds += self.fixed + self.token * tokens + self.pair * pairs
         seconds *= rng.lognormvariate(0, self.noise)
         return max(seconds, self.host * rng.lognormvariate(0, self.tail)) if prompts and self.host else seconds
 
@@ -43,6 +48,7 @@ MACHINES = {
     "slow": Machine(0.025, 0.008, 25e-6, 1e-9, noise=0.04),
     "tokens only": Machine(0.01, 0.0, 10e-6, 0.0, noise=0.05),
     "slow host": launched_by(0.026),
+    "in sizes": Machine(0.011, 0.01, 9e-6, 0.55e-9, sizes=tuple(prefill_buckets(MOST))),
 }
 machines = pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
 seeds = pytest.mark.parametrize("seed", range(3))
@@ -87,7 +93,7 @@ class Served:
 
 
 def served(machine: Machine, seed: int = 0, *, taught: bool = True) -> Served:
-    pace, rng = Pace(MOST, BOUND), Random(seed)
+    pace, rng = Pace(MOST, BOUND, machine.sizes), Random(seed)
     if taught:
         decode = machine.seconds(rng, DECODES, [])
         pace.rehearse(decode, lambda rows, end: machine.seconds(rng, 0, [(end - rows, rows)]), 16384)
@@ -297,6 +303,6 @@ def test_chunks_are_round_but_for_a_prompts_last(machine: Machine, seed: int) ->
     run, prompts = served(machine, seed), [5000, 300, 700, 3333] * 10
     run.prompts(machine, prompts, at_once=4)
     assert max(run.tokens()) <= MOST
-    for step in run.steps:
-        if sum(rows for _, rows in step) % ROUND:  # as large as it may be it is round as a whole
-            assert all(rows % ROUND == 0 or start + rows in prompts for start, rows in step)
+    for step, tokens in zip(run.steps, run.tokens(), strict=True):
+        if tokens % ROUND and tokens not in machine.sizes:  # as large as it may be it is round as a whole
+            assert all((rows % ROUND == 0 and not machine.sizes) or start + rows in prompts for start, rows in step)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,11 @@ class ExpertWork:
         dtype: torch.dtype = torch.bfloat16,
         tile: Mapping[str, Any] | None = None,
         shared: int = 0,
+        new: Callable[..., Tensor] = torch.empty,
     ) -> ExpertWork:
         """`fp8`: of the activations between the two products; `dtype`: of the rows, and of those if not `fp8`;
-        `shared`: how many of `held`, the first ones, and of `topk` every token chooses."""
+        `shared`: how many of `held`, the first ones, and of `topk` every token chooses; `new`: instead of torch.empty,
+        for what keeps nothing from one launch to the next."""
         pairs, coded = tokens * topk, torch.float8_e4m3fn
         if torch.device(device).type == "cuda":
             from kernels.experts.tiles import tile_for
@@ -48,15 +50,15 @@ class ExpertWork:
         tile = tile or {"rows": 16}
         act: Tensor | Fp8Rows
         if fp8:
-            act = Fp8Rows.empty(pairs, inter, device, coded)
+            act = Fp8Rows.empty(pairs, inter, device, coded, new)
         else:
-            act = torch.empty(pairs, inter, dtype=dtype, device=device)
-        rows = torch.empty(pairs, hidden, dtype=dtype, device=device)
+            act = new(pairs, inter, dtype=dtype, device=device)
+        rows = new(pairs, hidden, dtype=dtype, device=device)
         plan = ExpertPlan.empty(tokens, topk, held, tile["rows"], device)
         progress = torch.zeros(1 + 2 * len(plan.blocks), dtype=torch.int32, device=device)
         gathered = None
         if "both" in tile and tile["rows"] > EIGHT and shared < held:
-            gathered = torch.empty(pairs, hidden, dtype=coded if fp8 else dtype, device=device)
+            gathered = new(pairs, hidden, dtype=coded if fp8 else dtype, device=device)
         return ExpertWork(plan, act, rows, progress, tile, gathered, shared)
 
 

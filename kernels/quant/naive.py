@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,10 +18,13 @@ class Fp8Rows:
     scale: Tensor  # float32 [..., width / GROUP]
 
     @staticmethod
-    def empty(rows: int, width: int, device: torch.device | str, dtype: torch.dtype = torch.float8_e4m3fn) -> Fp8Rows:
+    def empty(
+        rows: int, width: int, device: torch.device | str, dtype: torch.dtype = torch.float8_e4m3fn,
+        new: Callable[..., Tensor] = torch.empty,
+    ) -> Fp8Rows:  # fmt: skip
         return Fp8Rows(
-            torch.empty(rows, width, dtype=dtype, device=device),
-            torch.empty(rows, width // GROUP, dtype=torch.float32, device=device),
+            new(rows, width, dtype=dtype, device=device),
+            new(rows, width // GROUP, dtype=torch.float32, device=device),
         )
 
     def __getitem__(self, rows: slice) -> Fp8Rows:

@@ -21,6 +21,7 @@ from services.gpu_worker.sampler import Sampler
 from services.gpu_worker.weights import Weights
 
 GRAPHS = 256 << 20  # bytes that a captured bucket's scratch may take, beside what the largest one shares with it
+PIECE = 1 << 20  # bytes that the driver takes for one of a prefill's graphs
 
 
 def make_engine(
@@ -58,7 +59,7 @@ def make_engine(
     )
     runner.capture(chunk_tokens)
     log.info("graphs", decodes=sorted(runner.graphs), prefills=prefill_buckets(chunk_tokens))
-    pace = Pace(chunk_tokens, itl)
+    pace = Pace(chunk_tokens, itl, prefill_buckets(chunk_tokens))
     if itl and links is None:  # no shard answers yet: what theirs cost is learned from steps
         pace.rehearse(runner.time_decodes(), runner.time_prefill, max_context)
     planner = Planner(
@@ -91,11 +92,9 @@ def cache_pages(
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    work = model.new_work(chunk_tokens)
-    captured = (torch.cuda.memory_allocated() - before) * sum(prefill_buckets(chunk_tokens)) // chunk_tokens
-    del work
     rehearse_prefill(model, chunk_tokens, max_context, fp8_cache)
-    needed = torch.cuda.max_memory_allocated() - before + len(buckets(max_batch)) * GRAPHS // 8 + GRAPHS + captured
+    needed = torch.cuda.max_memory_allocated() - before + len(buckets(max_batch)) * GRAPHS // 8 + GRAPHS
+    needed += len(prefill_buckets(chunk_tokens)) * (model.config.layers + 1) * PIECE
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     if model.device_link is not None:

@@ -32,7 +32,7 @@ from services.gpu_worker.runner import Computed, StepFailed
 from services.gpu_worker.sampler import Sampled, Sampler, int64, logprobs_of
 from services.gpu_worker.scoring import Scoring, score_prompts
 from services.gpu_worker.step import build_batch
-from services.gpu_worker.work import Work
+from services.gpu_worker.work import Arena, Work
 
 
 def buckets(most: int) -> list[int]:
@@ -43,9 +43,10 @@ def buckets(most: int) -> list[int]:
 
 
 def prefill_buckets(most: int) -> list[int]:
-    """The numbers of prompt rows that passes are captured for, 1.5 times apart at most; each has its own scratch."""
-    sizes = {n for k in range(4, most.bit_length()) for n in (1 << k, 3 << (k - 1))}
-    return sorted({*(n for n in sizes if n < most), most})
+    """The numbers of prompt rows that passes are captured for. The more rows, the closer: few take hardly longer than
+    fewer, while of many all must be computed."""
+    quarters = [(k, (4,) if k < 7 else (4, 6) if k < 10 else (4, 5, 6, 7)) for k in range(4, most.bit_length())]
+    return [*(n for k, many in quarters for n in (m << k - 2 for m in many) if n < most), most]
 
 
 class StepLinks(Protocol):
@@ -141,8 +142,8 @@ class PrefillGraph:
 
     _INPUTS = ("tokens", "positions", "write")
 
-    def __init__(self, rows: int, model: Model, cache: Cache) -> None:
-        self.work = model.new_work(rows)
+    def __init__(self, rows: int, model: Model, cache: Cache, arena: Arena) -> None:
+        self.work = model.new_work(rows, new=arena.turn())
         self._rows, self._model, self._cache = rows, model, cache
         self._device = torch.zeros(len(self._INPUTS), rows, dtype=torch.int64, device="cuda")
         self._host = [torch.zeros(self._device.shape, dtype=torch.int64, pin_memory=True) for _ in range(IN_FLIGHT)]
@@ -241,8 +242,9 @@ class GpuRunner:
             self.works[rows] = one.work
             forward, greedy, random = (self._graph(launch) for launch in (one.forward, one.greedy, one.random))
             self.graphs[rows] = DecodeGraph(forward, greedy, random, one.logits, one.work.x)
-        for rows in prefill_buckets(prefill_rows):
-            self._prefills[rows] = PrefillGraph(rows, self._model, self._cache)
+        arena = Arena()
+        for rows in reversed(prefill_buckets(prefill_rows)):
+            self._prefills[rows] = PrefillGraph(rows, self._model, self._cache, arena)
             self._pool = self._prefills[rows].capture(self._pool)
         torch.cuda.synchronize()
 

@@ -104,13 +104,16 @@ class Model:
         # numpy's zeros are pages the kernel hands out when they are first written; torch's are written at once.
         return [torch.from_numpy(np.zeros(shape, np.float32)) for _ in layers]
 
-    def new_work(self, rows: int, *, decodes: int = 0, context: int = 0, fp8_cache: bool = False) -> Work:
+    def new_work(
+        self, rows: int, *, decodes: int = 0, context: int = 0, fp8_cache: bool = False,
+        new: Callable[..., Tensor] = torch.empty,
+    ) -> Work:  # fmt: skip
         """For passes of exactly `rows` rows, of which `decodes` decode; their prefill has up to `context` tokens in the
-        cache, all chunks together."""
+        cache, all chunks together. `new`: instead of torch.empty, for what keeps nothing from one pass to the next."""
         chosen = self._routing.topk + self._routing.shared
         device = "cuda" if self.on_gpu else "cpu"
-        gpu = self._gpu_work(rows, decodes, context, fp8_cache) if self.on_gpu else None
-        return Work.empty(rows, self.config, self.dtype, chosen, device, gpu)
+        gpu = self._gpu_work(rows, decodes, context, fp8_cache, new) if self.on_gpu else None
+        return Work.empty(rows, self.config, self.dtype, chosen, device, gpu, new)
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, cache: Cache, work: Work | None = None) -> Tensor:
@@ -242,7 +245,7 @@ class Model:
         quantise_rows(work.x, gpu.coded)
         return gpu.coded
 
-    def _gpu_work(self, rows: int, decodes: int, context: int, fp8_cache: bool) -> GpuWork:
+    def _gpu_work(self, rows: int, decodes: int, context: int, fp8_cache: bool, new: Callable[..., Tensor]) -> GpuWork:
         from kernels.experts.tiles import parts_of
         from kernels.mla_decode.triton import decode_plan
         from kernels.qkv_norm_rope_write.triton import QkvScratch
@@ -252,14 +255,14 @@ class Model:
         scratch = self._linear_scratch
 
         def rows8(width: int) -> Fp8Rows:
-            return Fp8Rows.empty(rows, width, "cuda", coded)
+            return Fp8Rows.empty(rows, width, "cuda", coded, new)
 
         def mlp(inter: int, layer: Layer | None, cut: bool) -> MlpWork | None:
             if layer is None or layer.mlp is None:
                 return None
             fp8 = isinstance(layer.mlp.down, Fp8Blocks)
             parts = parts_of(rows, c.hidden, inter, fp8, dtype) if cut else 1
-            return MlpWork.empty(rows, c.hidden, inter, fp8, dtype, parts)
+            return MlpWork.empty(rows, c.hidden, inter, fp8, dtype, parts, new)
 
         dense = next((layer for layer in self.weights.layers if layer.w_gate is None), None)
         sparse = next((layer for layer in self.weights.layers if layer.w_gate is not None), None)
@@ -268,18 +271,18 @@ class Model:
             stack = next(iter(self.stacks.values()))
             experts = ExpertWork.empty(
                 rows, c.topk + self._riding, len(stack.down.data), c.hidden, c.moe_inter,
-                isinstance(stack.down, Fp8Blocks), "cuda", dtype, shared=self._riding,
+                isinstance(stack.down, Fp8Blocks), "cuda", dtype, shared=self._riding, new=new,
             )  # fmt: skip
         q_low: Tensor | Fp8Rows | None = None
         if c.q_lora:
-            q_low = rows8(c.q_lora) if self.fp8 else torch.empty(rows, c.q_lora, dtype=dtype, device="cuda")
+            q_low = rows8(c.q_lora) if self.fp8 else new(rows, c.q_lora, dtype=dtype, device="cuda")
         width = self.weights.layers[0].qkv.a.data.shape[1]
         link = self.device_link
         any_fp8 = self.fp8 or (experts is not None and isinstance(experts.act, Fp8Rows))
         any_fp8 = any_fp8 or (link is not None and link.layout.quantised)
         return GpuWork(
             linear=scratch,
-            qkv=QkvScratch(torch.empty(rows, width, dtype=dtype, device="cuda"), q_low, scratch),
+            qkv=QkvScratch(new(rows, width, dtype=dtype, device="cuda"), q_low, scratch),
             route=RouteScratch.empty(rows, c.experts + self._riding, "cuda") if sparse else None,
             decode=decode_plan(decodes, 1, c.heads, c.kv_lora, c.rope, dtype, "cuda", fp8=fp8_cache)
             if decodes

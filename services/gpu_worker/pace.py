@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -48,10 +49,10 @@ class Costs:
 class Room:
     """What a step may take of prompts. It is full once time is short: that is false."""
 
-    def __init__(self, tokens: int, seconds: float, costs: Costs) -> None:
-        """`seconds` beside the fixed costs."""
-        self._tokens, self._seconds, self._costs = tokens, seconds, costs
-        self._least = ROUND
+    def __init__(self, tokens: int, seconds: float, costs: Costs, sizes: Sequence[int] = ()) -> None:
+        """`seconds` beside the fixed costs; `sizes` as Pace has them."""
+        self._tokens, self._seconds, self._costs, self._sizes = tokens, seconds, costs, sizes
+        self._taken, self._least = 0, ROUND
 
     def __bool__(self) -> bool:
         return self._tokens > 0
@@ -60,10 +61,13 @@ class Room:
         """The rows for a prompt of which so many are left, from position `start` on. Only the first surely gets any."""
         rows, fit = min(left, self._tokens), self._costs.rows(self._seconds, start)
         self._tokens -= rows
+        if self._sizes:
+            fit = _largest(self._sizes, self._taken + fit) - self._taken
         if fit < rows:
-            rows, self._tokens = min(rows, max(self._least, int(fit) // ROUND * ROUND)), 0
+            whole = int(fit) if self._sizes else int(fit) // ROUND * ROUND
+            rows, self._tokens = min(rows, max(self._least, whole)), 0
         self._seconds -= self._costs.seconds(rows, _pairs(start, rows)) - self._costs.fixed
-        self._least = 0
+        self._taken, self._least = self._taken + rows, 0
         return rows
 
 
@@ -76,10 +80,12 @@ class Pace:
     the fixed cost makes up for it: that is fitted to what the steps took beyond what their decodes were thought to.
     """
 
-    def __init__(self, most: int, bound: float = 0.0) -> None:
-        """`most` prompt tokens in any step; `bound` in seconds, 0: none."""
+    def __init__(self, most: int, bound: float = 0.0, sizes: Sequence[int] = ()) -> None:
+        """`most` prompt tokens in any step; `bound` in seconds, 0: none. `sizes`: the numbers of prompt tokens that
+        steps are computed for, `most` the last; what is between two of them costs what the next one does."""
         self._most = most
         self._bound = bound
+        self._sizes = sizes
         self._decode = 0.0  # seconds of a step without prompt tokens
         self._costs = Costs()
         self._steps = deque[tuple[int, float, float]](maxlen=WINDOW)  # prompt tokens, pairs, seconds beside decodes
@@ -98,7 +104,9 @@ class Pace:
         seconds = MARGIN * self._bound / min(self._lateness, LATEST) - least
         if (self._decode + self._costs.seconds(ROUND, 0)) * self._lateness > self._bound:
             seconds = max(seconds, ANYWAY * least)
-        return Room(tokens, seconds, self._costs)
+        if self._sizes:
+            tokens = _largest(self._sizes, tokens)
+        return Room(tokens, seconds, self._costs, self._sizes)
 
     def learn(self, decodes: int, prompts: Iterable[tuple[int, int]], seconds: float) -> None:
         """A step of so many decodes, and of prompts from (position, so many rows) on, took so long."""
@@ -109,6 +117,8 @@ class Pace:
             self._decode = decode + WEIGHT * (min(seconds, OUTLIER * decode) - decode) if decode else seconds
             return
         tokens, pairs = sum(rows for _, rows in prompts), sum(_pairs(*prompt) for prompt in prompts)
+        if self._sizes:
+            tokens = self._sizes[bisect.bisect_left(self._sizes, tokens)]
         if self._steps:
             expected = decode + self._costs.seconds(tokens, pairs)
             late, before = seconds / expected, self._outlier
@@ -131,6 +141,12 @@ class Pace:
         for rows, context in ((self._most, self._most), (few, few), (self._most, longest)):
             seconds = min(prefill(rows, context) for _ in range(2))  # the first may have to load kernels
             self.learn(0, [(context - rows, rows)], seconds)
+
+
+def _largest(sizes: Sequence[int], most: float) -> int:
+    """Of `sizes`, up to `most`; 0 if none is."""
+    fitting = bisect.bisect_right(sizes, most)
+    return sizes[fitting - 1] if fitting else 0
 
 
 def _pairs(start: int, rows: int) -> float:

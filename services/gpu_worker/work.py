@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +23,31 @@ if TYPE_CHECKING:
     from kernels.mla_decode.plan import DecodePlan
     from kernels.qkv_norm_rope_write.triton import QkvScratch
 
+ALIGNED = 512  # bytes, as torch's allocator has them
+
+
+class Arena:
+    """Memory on the GPU for works of which one is in use at a time: the largest is made first, the others lie in it."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+
+    def turn(self) -> Callable[..., Tensor]:
+        """A torch.empty that begins at the start of the memory again."""
+        free = [(0, block) for block in self._blocks]
+
+        def empty(*shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+            size = math.prod(shape) * dtype.itemsize
+            for i, (at, block) in enumerate(free):
+                if at + size <= len(block):
+                    free[i] = at + -(-size // ALIGNED) * ALIGNED, block
+                    return block[at : at + size].view(dtype).view(shape)
+            self._blocks.append(torch.empty(size, dtype=torch.uint8, device=device))
+            free.append((size, self._blocks[-1]))
+            return self._blocks[-1].view(dtype).view(shape)
+
+        return empty
+
 
 @dataclass(frozen=True)
 class MlpWork:
@@ -31,12 +58,15 @@ class MlpWork:
     weights: Tensor  # float32 [T, parts], ones
 
     @staticmethod
-    def empty(rows: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype, parts: int = 1) -> MlpWork:
+    def empty(
+        rows: int, hidden: int, inter: int, fp8: bool, dtype: torch.dtype, parts: int = 1,
+        new: Callable[..., Tensor] = torch.empty,
+    ) -> MlpWork:  # fmt: skip
         from kernels.experts.tiles import one_launch
 
         tile = one_launch(rows, fp8, every=True) if parts > 1 else None
         work = ExpertWork.empty(
-            rows, parts, parts, hidden, inter // parts, fp8, "cuda", dtype, tile, shared=parts if parts > 1 else 0
+            rows, parts, parts, hidden, inter // parts, fp8, "cuda", dtype, tile, parts if parts > 1 else 0, new
         )
         ids = torch.arange(parts).expand(rows, parts)
         plan = ExpertPlan.empty(rows, parts, parts, work.plan.block_rows, "cpu")
@@ -75,12 +105,13 @@ class Work:
 
     @staticmethod
     def empty(
-        rows: int, config: ModelConfig, dtype: torch.dtype, chosen: int, device: str, gpu: GpuWork | None = None
-    ) -> Work:
-        """`chosen`: experts a token goes to."""
+        rows: int, config: ModelConfig, dtype: torch.dtype, chosen: int, device: str, gpu: GpuWork | None = None,
+        new: Callable[..., Tensor] = torch.empty,
+    ) -> Work:  # fmt: skip
+        """`chosen`: experts a token goes to; `new`: instead of torch.empty."""
 
         def room(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-            return torch.empty(rows, *shape, dtype=kind, device=device)
+            return new(rows, *shape, dtype=kind, device=device)
 
         c = config
         return Work(
