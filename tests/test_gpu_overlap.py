@@ -94,6 +94,7 @@ def test_a_prefill_in_graphs_is_the_same_as_launch_by_launch(runner: Any, rows: 
     from services.gpu_worker.graphs import prefill_buckets, to_gpu
 
     if not runner._prefills:
+        runner._pool = None  # that of the other test's graphs, which are gone
         runner.capture(2048)
     torch.manual_seed(rows)
     model, cache, context = runner._model, runner._cache, rows + 700

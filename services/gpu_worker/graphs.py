@@ -160,6 +160,7 @@ class PrefillGraph:
     def capture(self, pool: Any) -> Any:
         """The pool."""
         self._device[self._INPUTS.index("write")] = -1
+        self.work.out.zero_()
         for _ in self._around():  # libraries choose and allocate here
             pass
         torch.cuda.synchronize()
@@ -170,6 +171,8 @@ class PrefillGraph:
                 ended = next(around, None) is None
             pool = graph.pool()
             self._pieces.append(graph)
+        for piece in self._pieces:
+            piece.replay()  # the first time takes long: the driver sends it to the device
         return pool
 
     def replay(self, batch: Batch, turn: int, attend: Callable[[int], None]) -> Tensor:
@@ -411,6 +414,7 @@ class GpuRunner:
         with capturing(graph, pool=self._pool):
             launch()
         self._pool = graph.pool()
+        graph.replay()  # the first time takes long: the driver sends it to the device
         return graph
 
     # ---- prefill
