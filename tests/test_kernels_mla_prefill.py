@@ -73,12 +73,14 @@ def fp8_cache(rows: Tensor, kv_lora: int) -> Fp8Latent:
     return cache
 
 
-def check(given: Inputs, tile: dict | None, head_groups: int = 1) -> None:
+def check(given: Inputs, tile: dict | None, head_groups: int = 1, tight: bool = False) -> None:
+    """`tight`: there is no room for the rest of the last page."""
     rows, heads = given.q.shape[:2]
     dtype, (kv_lora, v_dim), width = given.q.dtype, given.w_uv.shape[1:], given.w_uk.shape[1] + given.w_uv.shape[2]
     rope, tokens = given.q.shape[2] - given.w_uk.shape[1], given.plan.tokens
-    scratch = PrefillScratch.empty(tokens, heads, width, kv_lora, rope, dtype, DEVICE)
-    scratch = replace(scratch, expanded=scratch.expanded[: tokens * width * -(-heads // head_groups)])
+    room = tokens if tight else -(-tokens // PAGE) * PAGE
+    scratch = PrefillScratch.empty(room, heads, width, kv_lora, rope, dtype, DEVICE)
+    scratch = replace(scratch, expanded=scratch.expanded[: room * width * -(-heads // head_groups)])
     poison(scratch.latent, scratch.rope, scratch.expanded)
     out, want = poisoned(rows, heads, v_dim, dtype=dtype), poisoned(rows, heads, v_dim, dtype=torch.float32)
     wide = given.wide()
@@ -99,19 +101,20 @@ def check(given: Inputs, tile: dict | None, head_groups: int = 1) -> None:
     fp8=st.booleans(),
     loose=st.booleans(),
     head_groups=st.integers(1, 2),
+    tight=st.booleans(),
     tile=st.sampled_from([None, SMALL]),
     seed=st.integers(0, 1 << 30),
 )
 def test_equals_naive(
     chunks: list[tuple[int, int]], heads: int, widths: tuple[int, int, int], dtype: torch.dtype, fp8: bool,
-    loose: bool, head_groups: int, tile: dict | None, seed: int,
+    loose: bool, head_groups: int, tight: bool, tile: dict | None, seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     given = inputs(chunks, heads, widths, KV_LORA, dtype, fp8)
     if loose and chunks:  # bounds above what there is
         plan = replace(given.plan, tokens=given.plan.tokens + 70, most_rows=given.plan.most_rows + 40)
         given = replace(given, plan=plan)
-    check(given, tile, head_groups)
+    check(given, tile, head_groups, tight)
 
 
 def test_weights_that_are_not_one_tensor_are_refused() -> None:

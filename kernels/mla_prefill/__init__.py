@@ -6,7 +6,7 @@ from kernels.latent_cache import Fp8Latent
 from kernels.mla_prefill import naive
 from kernels.mla_prefill.plan import PrefillPlan, PrefillScratch
 
-__all__ = ["PrefillPlan", "PrefillScratch", "mla_prefill"]
+__all__ = ["PrefillPlan", "PrefillScratch", "load_expansions", "mla_prefill"]
 
 
 def mla_prefill(
@@ -30,3 +30,10 @@ def mla_prefill(
         triton.mla_prefill(q, w_uk, w_uv, cache, plan, scale, out, scratch)
     else:
         naive.mla_prefill(q, w_uk, w_uv, cache, plan, scale, out)
+
+
+def load_expansions(w_uk: Tensor, w_uv: Tensor, scratch: PrefillScratch) -> None:
+    """What the latents' expansion would load, on a GPU, once it meets a length of context that fits into `scratch`."""
+    from kernels.mla_prefill import triton
+
+    triton.load_expansions(w_uk, w_uv, scratch)

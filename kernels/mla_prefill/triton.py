@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -15,6 +16,8 @@ from kernels.quant.naive import GROUP
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import INTERPRETED, current, measured_tile
 
+EVERY = 16384  # tokens of context, from which on not every number of pages is loaded for ahead
+CHUNKS = 256  # of a step: up to so many do not make a kernel compile anew
 SWEPT = 65536  # tokens times heads whose keys and values (512 bytes in the published models) the L2 holds: 32 MB
 
 
@@ -49,19 +52,22 @@ def _gather(
     tl.store(rope_out + t * ROPE + column, tl.where(real[:, None], values, 0.0), mask=t < tokens)
 
 
-def gather(cache: Tensor | Fp8Latent, kv_lora: int, plan: PrefillPlan, scratch: PrefillScratch) -> None:
-    """The first plan.tokens rows of scratch.latent and scratch.rope."""
+def gather(
+    cache: Tensor | Fp8Latent, kv_lora: int, plan: PrefillPlan, scratch: PrefillScratch, tokens: int = 0
+) -> None:
+    """The first plan.tokens rows of scratch.latent and scratch.rope; zeros up to `tokens`, where those are more."""
+    tokens = max(tokens, plan.tokens)
     if isinstance(cache, Fp8Latent):
         latent, scale, turned = cache.data, cache.scale, cache.rope
     else:
         latent, turned = cache[..., :kv_lora], cache[..., kv_lora:]
         scale = latent  # not read
     chunks, rows = len(plan.contexts), 8
-    _gather[(cdiv(plan.tokens, rows),)](
-        latent, scale, turned, plan.block_table, plan.cu_contexts, scratch.latent, scratch.rope, plan.tokens, chunks,
+    _gather[(cdiv(tokens, rows),)](
+        latent, scale, turned, plan.block_table, plan.cu_contexts, scratch.latent, scratch.rope, tokens, chunks,
         latent.stride(0), scale.stride(0), turned.stride(0), latent.stride(1), scale.stride(1), turned.stride(1),
         plan.block_table.stride(0), PAGE, kv_lora, turned.shape[2], isinstance(cache, Fp8Latent), GROUP,
-        max(16, next_power_of_2(chunks)), rows, num_warps=4,
+        max(CHUNKS, next_power_of_2(chunks)), rows, num_warps=4,
     )  # fmt: skip
 
 
@@ -139,12 +145,26 @@ def mla_prefill(
     """
     if not len(q):
         return
-    heads, kv_lora, v_dim = w_uv.shape
-    tokens, width = plan.tokens, w_uk.shape[1] + v_dim
-    gather(cache, kv_lora, plan, scratch)
-    latent, rope = scratch.latent[:tokens], scratch.rope[:tokens]
-    weights = joint(w_uk, w_uv)
-    for first, end in scratch.head_groups(tokens, heads, width):
-        kv = scratch.expanded[: tokens * (end - first) * width].view(tokens, (end - first) * width)
-        torch.mm(latent, weights[:, first * width : end * width], out=kv)
-        attend(q[:, first:end], kv.view(tokens, -1, width), rope, plan, scale, out[:, first:end], tile)
+    tokens, width = plan.tokens, w_uk.shape[1] + w_uv.shape[2]
+    whole = min(cdiv(tokens, PAGE) * PAGE, len(scratch.latent))
+    gather(cache, w_uk.shape[2], plan, scratch, whole)
+    for first, end, kv in expansions(w_uk, w_uv, scratch, whole):
+        kv, rope = kv[:tokens].view(tokens, -1, width), scratch.rope[:tokens]
+        attend(q[:, first:end], kv, rope, plan, scale, out[:, first:end], tile)
+
+
+def expansions(w_uk: Tensor, w_uv: Tensor, scratch: PrefillScratch, tokens: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(first, end, keys and values [tokens, width of those heads]) of some heads after others, in the same memory."""
+    weights, width = joint(w_uk, w_uv), w_uk.shape[1] + w_uv.shape[2]
+    for first, end in scratch.head_groups(tokens, len(w_uk), width):
+        kv = scratch.expanded[: tokens * (end - first) * width].view(tokens, -1)
+        yield first, end, torch.mm(scratch.latent[:tokens], weights[:, first * width : end * width], out=kv)
+
+
+def load_expansions(w_uk: Tensor, w_uv: Tensor, scratch: PrefillScratch) -> None:
+    """Of all contexts that fit: the library chooses its kernel by their length, and to load one it waits until the
+    device has nothing to do."""
+    most = len(scratch.latent)
+    for tokens in (*range(PAGE, min(most, EVERY) + 1, PAGE), *range(EVERY, most + 1, EVERY // 4)):
+        for _ in expansions(w_uk, w_uv, scratch, tokens):
+            pass

@@ -21,7 +21,7 @@ from common.device import capturing
 from common.messages import TokenLogprobs
 from common.pages import PAGE
 from common.pinned import to_device, to_host
-from kernels.mla_prefill import PrefillScratch
+from kernels.mla_prefill import PrefillScratch, load_expansions
 from kernels.sample import Logprobs, SampleParams
 from services.gpu_worker.batch import Batch, Feed
 from services.gpu_worker.batch import Chunk as PromptChunk
@@ -214,7 +214,7 @@ class GpuRunner:
         self._model, self._cache, self._sampler, self._fp8_cache = model, cache, sampler, fp8_cache
         self._links = links
         self._oks = [torch.ones(1, dtype=torch.int32, pin_memory=True) for _ in range(IN_FLIGHT)]
-        self._max_batch = max_batch
+        self._max_batch, self._max_context = max_batch, max_context
         self._inputs = Inputs(max_batch)
         self._table = BlockTable(max_batch, -(-max_context // PAGE))
         # Of decode rows, then of the step's prompts that end.
@@ -223,7 +223,7 @@ class GpuRunner:
         self._row_of: dict[Sequence, int] = {}  # whose last token the step before samples: where in `_sampled`
         self._turn = 0
         self._prefills: dict[int, PrefillGraph] = {}
-        self._scratch: dict[int, PrefillScratch] = {}  # of the last prefill, by tokens of context: mostly of one size
+        self._scratch: PrefillScratch | None = None
         self.works: dict[int, Work] = {}  # of the decode graphs
         self.graphs: dict[int, DecodeGraph] = {}
         self._pool: Any = None
@@ -249,6 +249,8 @@ class GpuRunner:
         for rows in reversed(prefill_buckets(prefill_rows)):
             self._prefills[rows] = PrefillGraph(rows, self._model, self._cache, arena)
             self._pool = self._prefills[rows].capture(self._pool)
+        with torch.inference_mode():
+            self._load()
         torch.cuda.synchronize()
 
     def time_decodes(self) -> float:
@@ -434,13 +436,24 @@ class GpuRunner:
         if self._links is not None:
             self._links.ring(size, prefill=True)
         context = sum(chunk.context for chunk in batch.prefill)
-        room = 1 << max(context - 1, 1).bit_length()
-        if room not in self._scratch:
-            self._scratch.clear()
-            self._scratch[room] = self._model.prefill_scratch(room)
         graph = self._prefills[size]
-        attend = self._model.attention(batch, self._cache, graph.work, self._scratch[room])
+        attend = self._model.attention(batch, self._cache, graph.work, self._room_for(context))
         return graph.replay(batch, self._turn, attend)
+
+    def _room_for(self, context: int) -> PrefillScratch:
+        """So many tokens of all prompts together."""
+        if self._scratch is None or len(self._scratch.latent) < context:
+            self._scratch = None  # before the larger one is made
+            self._scratch = self._model.prefill_scratch(max(PAGE, 1 << (context - 1).bit_length()))
+        return self._scratch
+
+    def _load(self) -> None:
+        """What a library would load while it serves, once it meets a number of rows."""
+        layer = self._model.weights.layers[0]
+        load_expansions(layer.w_uk, layer.w_uv, self._room_for(self._max_context))
+        hidden = self._prefills[max(self._prefills)].work.x.zero_()
+        for prompts in range(1, min(self._max_batch, len(hidden)) + 1):
+            self._model.logits(hidden[:prompts])
 
     def time_prefill(self, rows: int, context: int) -> float:
         """Seconds of a pass of so many rows that ends a prompt of `context` tokens, with nothing in the cache."""
