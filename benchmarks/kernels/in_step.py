@@ -13,12 +13,14 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
 
 from benchmarks.engine import Bench, load, progress
 from benchmarks.kernels.tuning import keep
 from benchmarks.shapes import SHAPES
+from common.pages import PAGE
 from kernels import target
 from kernels.ahead import compiling_ahead
 from kernels.linear.candidates import candidates
@@ -72,6 +74,21 @@ def tiles_of(shape: Shape, rows: int) -> list[dict]:
         _, k, _ = map(int, name.split()[-1].split("x"))
         return projection_candidates(rows, k)
     return []
+
+
+def tell_a_step(runner: GpuRunner, rows: int) -> None:
+    """The inputs of so many requests with INPUT tokens in the cache, each in pages of its own."""
+    pages, given = -(-(INPUT + 1) // PAGE), runner._inputs.on_host[0]
+    tokens = np.random.default_rng(rows).integers(runner._model.config.vocab, size=rows)
+    told = {"tokens": tokens, "positions": INPUT, "write": -1, "source": -1, "context": INPUT + 1, "top_p": 1.0}
+    for name, value in told.items():
+        given[name][:rows] = value
+    runner._inputs.send(0)
+    runner._table.on_device[:rows, :pages] = torch.arange(rows * pages, device="cuda").view(rows, pages)
+    for layer in runner._cache:
+        assert isinstance(layer, torch.Tensor)
+        layer.normal_()
+    torch.cuda.synchronize()
 
 
 def microseconds(runner: GpuRunner, rows: int) -> float:
@@ -141,7 +158,7 @@ def main() -> None:
     bench = Bench(config, weights, stacks, max_batch=most, max_context=2 * INPUT, chunk_tokens=4096, memory=0.92)
     torch.set_grad_enabled(False)
     for rows in map(int, arguments.rows.split(",")):
-        bench.seconds(INPUT, rows, 8, 1.0)  # leaves the inputs of a step
+        tell_a_step(bench.runner, rows)
         tables = Tables()
         with tables.answering():
             gained = tune(tables, bench.runner, rows)
