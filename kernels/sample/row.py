@@ -46,10 +46,10 @@ def _penalised(x, penalties, s, ids, inside, vocab):
 
 @triton.jit
 def _banned(x, bans, s, ids, lowest, highest, BANS: tl.constexpr):
-    rows, tokens, past = bans  # past: one more than there are, for a 1 in a tuple would become a constant
+    rows, tokens, odd = bans  # odd: 2 * how many + 1, for a 1 and what 16 divides have kernels of their own
     at = tl.arange(0, BANS)
-    token = tl.load(tokens + at, mask=at < past - 1, other=-1).to(tl.int32)
-    row = tl.load(rows + at, mask=at < past - 1, other=-1)
+    token = tl.load(tokens + at, mask=at < odd // 2, other=-1).to(tl.int32)
+    row = tl.load(rows + at, mask=at < odd // 2, other=-1)
     token = tl.where((row == s) & (token >= lowest) & (token <= highest), token, -1)
     worst = tl.max(token)
     while worst >= 0:  # none or one, nearly always

@@ -15,6 +15,7 @@ from kernels.target import INTERPRETED, current, measured_tile, overlap, overlap
 GROUP = 32  # tokens whose maximum is kept: one line of memory, one word of a mask
 CHUNK = 128  # groups that the last launch holds in registers
 LEAST_BLOCK = 1024
+BANS = 128  # of all rows: up to so many do not make a kernel compile anew
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def sample(
         return
     tile = tile or measured_tile(__file__, shape_name(logits), 0) or tile_rule()
     blocks, groups = cdiv(vocab, tile["BLOCK"]), cdiv(vocab, GROUP)
-    bans = None if banned is None or not len(banned[0]) else (*banned, len(banned[0]) + 1)
-    most_bans = next_power_of_2(len(banned[0])) if banned is not None and bans else 1
+    bans = None if banned is None or not len(banned[0]) else (*banned, 2 * len(banned[0]) + 1)
+    most_bans = max(BANS, next_power_of_2(len(banned[0]))) if banned is not None and bans else 1
     inputs = (
         logits, logits.stride(0), vocab,
         None if penalties is None else tuple(getattr(penalties, field.name) for field in fields(penalties)), mask, bans,

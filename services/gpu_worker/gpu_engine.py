@@ -79,6 +79,7 @@ def compile_kernels(
     )  # fmt: skip
     with compiling_ahead():
         runner.compile()
+        sampler.rehearse(model.dtype)
         rehearse_prefill(model, chunk_tokens, max_context, fp8_cache)
         for rows in prefill_sizes(chunk_tokens):
             rehearse_prefill(model, rows, rows, fp8_cache)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from common.messages import TokenLogprobs
+from common.messages import Generate, Sampling, TokenLogprobs
 from common.model_config import ModelConfig
 from common.pinned import to_device
 from kernels.sample import Logprobs, Penalties, SampleParams, logprobs, sample
@@ -40,7 +40,7 @@ class Sampler:
     """
 
     def __init__(self, config: ModelConfig, *, max_batch: int, threads: int, device: str = "cpu") -> None:
-        self._eos_ids = config.eos_ids
+        self._eos_ids, self._vocab = config.eos_ids, config.vocab
         self._counts = Counts(config.vocab, max_batch, device)
         self._biases = Biases(device)
         self._masks = Masks(config, threads)
@@ -101,6 +101,29 @@ class Sampler:
     ) -> None:  # fmt: skip
         """kernels.sample's, with this sampler's scratch: what can be captured in a graph."""
         sample(logits, params, out, banned, penalties=penalties, mask=mask, logs=logs, scratch=self._scratch)
+
+    def rehearse(self, dtype: torch.dtype) -> None:
+        """Within kernels.ahead: all that a request may ask for, each by itself, whatever the number of rows. (What is
+        asked for together compiles when it comes.)"""
+        vocab, device = self._vocab, self._device
+        logits, out = (
+            torch.zeros(1, vocab, dtype=dtype, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )
+        mask = torch.zeros(1, -(-vocab // 32), dtype=torch.int32, device=device)
+        asked: tuple[dict[str, Any], ...] = (
+            {}, {"logprobs": 0}, {"logprobs": 1}, {"logprobs": 2}, {"presence_penalty": 1.0},
+            {"min_tokens": 1, "stop_token_ids": (0,)}, {"logit_bias": ((0, 1.0),)},
+        )  # fmt: skip
+        for temperature in (0.0, 1.0):
+            for one in asked:
+                sampling = Sampling(max_tokens=2, temperature=temperature, **one)
+                request = Generate(request_id="", gateway_id="rehearsal", prompt=(0,), sampling=sampling)
+                sequence = Sequence.of(request, 0)
+                self.add(sequence)
+                self.sample((sequence,), logits, out, None)
+                self.forget(sequence)
+            self.launch(logits, sample_params((sequence,), device), out, mask=mask)
 
     def close(self) -> None:
         self._masks.close()
