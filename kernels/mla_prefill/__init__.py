@@ -4,9 +4,9 @@ from torch import Tensor
 
 from kernels.latent_cache import Fp8Latent
 from kernels.mla_prefill import naive
-from kernels.mla_prefill.plan import PrefillPlan, PrefillScratch
+from kernels.mla_prefill.plan import MOST_CHUNKS, PrefillPlan, PrefillScratch
 
-__all__ = ["PrefillPlan", "PrefillScratch", "load_expansions", "mla_prefill"]
+__all__ = ["MOST_CHUNKS", "PrefillPlan", "PrefillScratch", "load_expansions", "mla_prefill"]
 
 
 def mla_prefill(

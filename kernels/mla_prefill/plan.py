@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common.pinned import to_device
 
+MOST_CHUNKS = 256  # of a plan: more would make a kernel compile anew
 MOST_BYTES = 1 << 30  # of expanded keys and values; more heads than fit are taken in turns
 
 

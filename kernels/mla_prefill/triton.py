@@ -11,13 +11,12 @@ from torch import Tensor
 from common.pages import PAGE
 from kernels.latent_cache import Fp8Latent
 from kernels.mla_prefill.attention import attend as attend_anywhere
-from kernels.mla_prefill.plan import PrefillPlan, PrefillScratch
+from kernels.mla_prefill.plan import MOST_CHUNKS, PrefillPlan, PrefillScratch
 from kernels.quant.naive import GROUP
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import INTERPRETED, current, measured_tile
 
 EVERY = 16384  # tokens of context, from which on not every number of pages is loaded for ahead
-CHUNKS = 256  # of a step: up to so many do not make a kernel compile anew
 SWEPT = 65536  # tokens times heads whose keys and values (512 bytes in the published models) the L2 holds: 32 MB
 
 
@@ -67,7 +66,7 @@ def gather(
         latent, scale, turned, plan.block_table, plan.cu_contexts, scratch.latent, scratch.rope, tokens, chunks,
         latent.stride(0), scale.stride(0), turned.stride(0), latent.stride(1), scale.stride(1), turned.stride(1),
         plan.block_table.stride(0), PAGE, kv_lora, turned.shape[2], isinstance(cache, Fp8Latent), GROUP,
-        max(CHUNKS, next_power_of_2(chunks)), rows, num_warps=4,
+        max(MOST_CHUNKS, next_power_of_2(chunks)), rows, num_warps=4,
     )  # fmt: skip
 
 

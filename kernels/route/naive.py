@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -44,10 +45,13 @@ class RouteScratch:
     ticket: Tensor  # int32 [1]: how many tokens are routed
 
     @staticmethod
-    def empty(tokens: int, experts: int, device: torch.device | str) -> RouteScratch:
-        """For up to `tokens` tokens and `experts` experts, shared ones included."""
+    def empty(
+        tokens: int, experts: int, device: torch.device | str, new: Callable[..., Tensor] = torch.empty
+    ) -> RouteScratch:
+        """For up to `tokens` tokens and `experts` experts, shared ones included. `new`: instead of torch.empty, for
+        what keeps nothing from one launch to the next."""
         return RouteScratch(
-            torch.empty(max(ROWS, tokens), experts, dtype=torch.float32, device=device),
+            new(max(ROWS, tokens), experts, dtype=torch.float32, device=device),
             torch.zeros(WORDS, experts, dtype=torch.int32, device=device),
             torch.empty(experts, dtype=torch.int32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),

@@ -159,6 +159,7 @@ class Engine:
         torch.set_grad_enabled(False)
         try:
             with torch.inference_mode():
+                self.runner.begin()
                 while not self._stopping:
                     self._take_notes()
                     self.step()

@@ -249,6 +249,9 @@ class GpuRunner:
         for rows in reversed(prefill_buckets(prefill_rows)):
             self._prefills[rows] = PrefillGraph(rows, self._model, self._cache, arena)
             self._pool = self._prefills[rows].capture(self._pool)
+        # Of one prompt, or of many that are short: longer ones together are attended in turn.
+        context = max(self._max_context, prefill_rows)
+        self._scratch = self._model.prefill_scratch(max(PAGE, 1 << (context - 1).bit_length()))
         with torch.inference_mode():
             self._load()
         torch.cuda.synchronize()
@@ -271,6 +274,9 @@ class GpuRunner:
         return min(size for size in self.graphs if size >= rows)
 
     # ---- a step
+
+    def begin(self) -> None:
+        torch.mm(*torch.zeros(2, 16, 16, dtype=self._model.dtype, device="cuda"))  # cuBLAS's handle is a thread's own
 
     def launch(self, plan: Plan) -> UnderWay:
         if self._links is not None:
@@ -435,24 +441,17 @@ class GpuRunner:
         size = min(size for size in self._prefills if size >= len(batch.tokens))
         if self._links is not None:
             self._links.ring(size, prefill=True)
-        context = sum(chunk.context for chunk in batch.prefill)
         graph = self._prefills[size]
-        attend = self._model.attention(batch, self._cache, graph.work, self._room_for(context))
+        attend = self._model.attention(batch, self._cache, graph.work, self._scratch)
         return graph.replay(batch, self._turn, attend)
-
-    def _room_for(self, context: int) -> PrefillScratch:
-        """So many tokens of all prompts together."""
-        if self._scratch is None or len(self._scratch.latent) < context:
-            self._scratch = None  # before the larger one is made
-            self._scratch = self._model.prefill_scratch(max(PAGE, 1 << (context - 1).bit_length()))
-        return self._scratch
 
     def _load(self) -> None:
         """What a library would load while it serves, once it meets a number of rows."""
+        assert self._scratch is not None
         layer = self._model.weights.layers[0]
-        load_expansions(layer.w_uk, layer.w_uv, self._room_for(self._max_context))
+        load_expansions(layer.w_uk, layer.w_uv, self._scratch)
         hidden = self._prefills[max(self._prefills)].work.x.zero_()
-        for prompts in range(1, min(self._max_batch, len(hidden)) + 1):
+        for prompts in range(min(self._max_batch, len(hidden)), 0, -1):  # the largest first: the others fit into that
             self._model.logits(hidden[:prompts])
 
     def time_prefill(self, rows: int, context: int) -> float:

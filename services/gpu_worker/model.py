@@ -26,11 +26,11 @@ from kernels.experts import ExpertWork, grouped_ffn
 from kernels.latent_cache import Fp8Latent
 from kernels.linear import LinearScratch, linear
 from kernels.mla_decode import DecodeMask, mla_decode, plan_decode
-from kernels.mla_prefill import PrefillPlan, PrefillScratch, mla_prefill
+from kernels.mla_prefill import MOST_CHUNKS, PrefillPlan, PrefillScratch, mla_prefill
 from kernels.qkv_norm_rope_write import qkv_norm_rope_write
 from kernels.quant import Fp8Blocks, Fp8Rows, quantise_rows
 from kernels.route import RouteScratch, Routing, route
-from services.gpu_worker.batch import Batch
+from services.gpu_worker.batch import Batch, Chunk
 from services.gpu_worker.device_link import DeviceLink
 from services.gpu_worker.weights import Layer, Mlp, Weights, rope_turns
 from services.gpu_worker.work import GpuWork, MlpWork, Work
@@ -151,18 +151,19 @@ class Model:
     ) -> Callable[[int], None]:
         """What computes that of a layer, for `around_attention`. `batch` may have fewer rows than `work`, and its
         tensors may be the host's where none decodes. `scratch`: instead of what `work` has."""
-        decode, prefill = _decode_schedule(batch, work), _prefill_plan(batch, work.q.device)
-        n, end, scale = batch.n_decode, len(batch.tokens), self.config.softmax_scale
         if scratch is None and work.gpu is not None:
             scratch = work.gpu.prefill
+        room = len(scratch.latent) if scratch is not None else 0
+        decode, prefill = _decode_schedule(batch, work), _prefill_plans(batch.prefill, room, work.q.device)
+        n, scale = batch.n_decode, self.config.softmax_scale
 
         def attend(index: int) -> None:
             layer, pages, q, out = self.weights.layers[index], cache[index], work.q, work.out
             up = layer.w_uk, layer.w_uv
             if n:
                 mla_decode(q[:n], *up, pages, batch.block_table, batch.context, decode, scale, out[:n])  # type: ignore[arg-type]
-            if prefill is not None:
-                mla_prefill(q[n:end], *up, pages, prefill, scale, out[n:end], scratch)
+            for first, end, plan in prefill:
+                mla_prefill(q[first:end], *up, pages, plan, scale, out[first:end], scratch)
 
         return attend
 
@@ -283,7 +284,7 @@ class Model:
         return GpuWork(
             linear=scratch,
             qkv=QkvScratch(new(rows, width, dtype=dtype, device="cuda"), q_low, scratch),
-            route=RouteScratch.empty(rows, c.experts + self._riding, "cuda") if sparse else None,
+            route=RouteScratch.empty(rows, c.experts + self._riding, "cuda", new) if sparse else None,
             decode=decode_plan(decodes, 1, c.heads, c.kv_lora, c.rope, dtype, "cuda", fp8=fp8_cache)
             if decodes
             else None,
@@ -349,8 +350,21 @@ def _decode_schedule(batch: Batch, work: Work) -> object:
     return work.gpu.decode
 
 
-def _prefill_plan(batch: Batch, device: torch.device) -> PrefillPlan | None:
-    chunks = batch.prefill
-    if not chunks:
-        return None
-    return PrefillPlan.of([c.rows for c in chunks], [c.context for c in chunks], [c.pages for c in chunks], device)
+def _prefill_plans(
+    chunks: Sequence[Chunk], room: int, device: torch.device | str
+) -> list[tuple[int, int, PrefillPlan]]:
+    """(first row, the one after the last, plan) of chunks that together have up to `room` tokens in the cache, or are
+    one; 0: of all."""
+    groups: list[list[Chunk]] = []
+    left = 0
+    for chunk in chunks:
+        if not groups or (room and chunk.context > left) or len(groups[-1]) == MOST_CHUNKS:
+            groups.append([])
+            left = room
+        groups[-1].append(chunk)
+        left -= chunk.context
+    return [
+        (some[0].start, some[-1].start + some[-1].rows,
+         PrefillPlan.of([c.rows for c in some], [c.context for c in some], [c.pages for c in some], device))
+        for some in groups
+    ]  # fmt: skip

@@ -33,6 +33,10 @@ class Computed:
 class Runner(Protocol):
     overlaps: bool
 
+    def begin(self) -> None:
+        """By the thread that will launch, before the first step."""
+        ...
+
     def launch(self, plan: Plan) -> Any:
         """Start a step, as its sequences stand. Raises ExpertsUnavailable where it cannot be computed; then nothing has
         changed."""
@@ -54,6 +58,9 @@ class CpuRunner:
 
     def __init__(self, model: Model, cache: Cache, sampler: Sampler, log: FilteringBoundLogger) -> None:
         self._model, self._cache, self._sampler, self._log = model, cache, sampler, log
+
+    def begin(self) -> None:
+        pass
 
     def launch(self, plan: Plan) -> Computed:
         """A peer that dies fails the step, which then runs again from its start with a live copy (experts are pure and
