@@ -2,7 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# What pip resolves without a GPU; one that has a GPU keeps the torch it was given.
+# What pip resolves without a GPU. A machine that has one takes the CUDA build, or what TORCH= names.
+GIVEN := $(filter-out undefined,$(origin TORCH))
 TORCH ?= torch==2.13.0
 # The GPU machines' version: tiles, registers and spills are this compiler's.
 TRITON ?= triton==3.6.0
@@ -68,7 +69,8 @@ $(STAMP): pyproject.toml
 		{ echo "Moecule needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): a minute or two"
-	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "$(TORCH)" "$(TRITON)"
+	@test -z "$(GIVEN)" && command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet $(TORCH)
+	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "$(TRITON)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 

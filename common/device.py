@@ -25,6 +25,33 @@ def capturing(graph: torch.cuda.CUDAGraph, **options: Any) -> Iterator[None]:
         gc.enable()
 
 
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Whatever is loaded or prepared within fits into the GPU, or ends with a ConfigError that says what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        (free, total), held = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+        raise ConfigError(
+            f"the GPU's memory does not suffice: of its {total / 1e9:.1f} GB this process holds {held / 1e9:.1f}, and "
+            f"{free / 1e9:.1f} are free (nvidia-smi shows who has the rest). A lower MOECULE_GPU_MEMORY, "
+            "MOECULE_MAX_BATCH, MOECULE_CHUNK_TOKENS or MOECULE_KV_PAGES takes less, and MOECULE_EXPERTS_FP8=1 halves "
+            "bf16 experts"
+        ) from error
+
+
+def why_no_gpu() -> str:
+    """What PyTorch says where it finds none."""
+    build = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"
+    if torch.version.cuda is None:
+        build = f"PyTorch {torch.__version__} is built for the CPU"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"{build}: {str(error).splitlines()[0]}"
+    return build
+
+
 def on_gpu(settings: Settings) -> bool:
     """Call it before anything else uses the GPU. Raises ConfigError if one is asked for that is not there."""
     if settings.device == "cpu":
@@ -33,5 +60,5 @@ def on_gpu(settings: Settings) -> bool:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     there = torch.cuda.is_available()
     if settings.device == "cuda" and not there:
-        raise ConfigError("MOECULE_DEVICE is 'cuda', but torch finds no GPU here")
+        raise ConfigError(f"MOECULE_DEVICE is 'cuda', but no GPU is found. {why_no_gpu()}")
     return there

@@ -75,12 +75,20 @@ class Settings:
     expert_copies: int = setting(
         1, "shards that hold each expert, as far as there are shards", low=1, high=16, unit="shards"
     )
-    kv_pages: int = setting(0, "KV pages of 64 tokens; 0: a sixteenth of the memory, at most 4096", low=0, unit="pages")
+    kv_pages: int = setting(
+        0, "KV pages of 64 tokens; 0: a sixteenth of the memory, at most 4096; on a GPU what MOECULE_GPU_MEMORY leaves",
+        low=0, unit="pages",
+    )  # fmt: skip
     max_batch: int = setting(64, "requests that run at a time on a worker", low=1, high=1024, unit="requests")
-    chunk_tokens: int = setting(256, "prompt tokens computed in one step", low=1, high=65536, unit="tokens")
-    kv_cache: Literal["bf16", "fp8"] = setting("bf16", "how a GPU keeps the KV cache; fp8: half the bytes")
+    chunk_tokens: int = setting(
+        256, "prompt tokens computed in one step (Procfile.gpu has 4096)", low=1, high=65536, unit="tokens"
+    )
+    kv_cache: Literal["bf16", "fp8"] = setting("bf16", "how a GPU keeps the KV cache; fp8: 1.8 times the tokens")
     gpu_memory: float = setting(
-        0.92, "share of a GPU's memory that a worker takes; the KV cache gets what is left of it", low=0.05, high=1.0
+        0.92,
+        "share of a GPU's memory that is full, whoever fills it, once a worker has taken what is left for its KV cache",
+        low=0.05,
+        high=1.0,
     )
     itl_ms: float = setting(
         0.0, "longest time between two tokens of a running request while prompts are computed; 0: no limit", low=0,

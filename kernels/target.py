@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import triton
 
+from common.errors import ConfigError
+
 # The same processors with slower memory: without tiles of its own, a device takes the other's.
 _STAND_INS = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 
@@ -57,7 +59,7 @@ def overlap(on: bool) -> dict[str, bool]:
 @cache
 def _describe(arch: str) -> Target:
     if arch not in _LIMITS:
-        raise ValueError(f"no tile rule for {arch}; known are {', '.join(_LIMITS)}")
+        raise ConfigError(f"there are no kernels for a GPU of {arch}: known are {', '.join(_LIMITS)}")
     processors, shared, fp8 = _LIMITS[arch]
     device = "none"
     if torch.cuda.is_available():

@@ -33,6 +33,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU, and PyTorch finds none")
+
+
 REPO = Path(__file__).parent.parent
 BusMaker = Callable[[], Awaitable[Bus]]
 

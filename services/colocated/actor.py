@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from common.device import fitting, why_no_gpu
 from common.errors import ConfigError
 from common.link import NoLinks
 from services.expert_shard.stacks import load_stacks
@@ -19,10 +20,14 @@ class ColocatedWorker(GpuWorker):
     def _open_links(self) -> NoLinks:
         return NoLinks()
 
+    @fitting()
     def _make_engine(self) -> Engine:
         config = self.config
         if not torch.cuda.is_available() or self.settings.device == "cpu":
-            raise ConfigError("services.colocated needs a GPU: without one start services.gpu_worker and expert shards")
+            raise ConfigError(
+                "services.colocated needs a GPU; without one start services.gpu_worker and expert shards "
+                f"(MOECULE_DEVICE=cpu make serve). {why_no_gpu()}"
+            )
         source, fp8 = self._open_source(), config.fp8 or self.settings.experts_fp8
         stacks = load_stacks(
             config, source, range(config.experts), "cuda", shared=True, fp8=fp8, progress=self._told("experts")

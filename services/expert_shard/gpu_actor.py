@@ -8,6 +8,7 @@ import socket
 
 import torch
 
+from common.device import fitting
 from common.doorbell import Doorbell
 from common.errors import MoeculeError, Unavailable
 from common.mailbox import HandshakeError, receive_with_fds, same_user, send_with_fds
@@ -43,7 +44,8 @@ class GpuExpertShard(ExpertShard):
 
     async def _load(self, missing: frozenset[int]) -> None:
         before = self.store.stacks
-        await asyncio.to_thread(self.store.load, missing, self.loading.of("experts"))
+        with fitting():
+            await asyncio.to_thread(self.store.load, missing, self.loading.of("experts"))
         if self.store.stacks is not before:
             async with self._attaching:
                 await asyncio.to_thread(self._recapture)

@@ -42,6 +42,7 @@ class Bounds:
         if total > self.cache:
             raise ContextLengthExceeded(
                 f"prompt and output are {total} tokens, the whole KV cache holds {self.cache}: raise MOECULE_KV_PAGES"
+                " (on a GPU: MOECULE_GPU_MEMORY, or MOECULE_KV_CACHE=fp8)"
             )
         if (top := sampling.prompt_logprobs) is not None:
             # They go out in one message.

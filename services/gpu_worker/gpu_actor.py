@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from common.device import fitting
 from common.errors import ConfigError
 from common.link import NoLinks
 from common.model_config import ModelConfig
@@ -40,6 +41,7 @@ class GpuWorker(Worker):
             loop=self._loop,
         )
 
+    @fitting()
     def _make_engine(self) -> Engine:
         source = self._open_source()
         weights = load_weights(self.config, source, "cuda", progress=self._told("weights"))
@@ -56,7 +58,8 @@ class GpuWorker(Worker):
         torch.cuda.synchronize()
         self.preparing = "the worker is preparing its graphs"
         held = torch.cuda.memory_allocated() / 1e9
-        self.log.info("loaded", seconds=round(time.monotonic() - self._started, 1), gb=round(held, 1))
+        device, seconds = torch.cuda.get_device_name(), round(time.monotonic() - self._started, 1)
+        self.log.info("loaded", device=device, seconds=seconds, gb=round(held, 1))
         return make_engine(
             config,
             weights,
