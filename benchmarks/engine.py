@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import random
 import statistics
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.kernels.timing import ceilings
+from benchmarks.kernels.timing import ceilings, need_gpu
 from benchmarks.link_rig import mps
 from benchmarks.shapes import SHAPES, write_config
 from common.messages import Generate, Sampling
@@ -244,36 +245,69 @@ def load(shape: str, layers: int, apart: bool) -> tuple[ModelConfig, Weights, di
     return config, weights, stacks
 
 
-def main() -> None:
+def points(text: str) -> list[tuple[int, int]]:
+    """(input, streams) of each."""
+    try:
+        found = [(int(inputs), int(streams)) for inputs, streams in (one.split("x") for one in text.split(","))]
+    except ValueError:
+        found = []
+    if not found or min(map(min, found)) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} names no points: use INPUTxSTREAMS, as 1024x16")
+    return found
+
+
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="v2-lite")
-    parser.add_argument("--layers", type=int, default=0, help="0: all; the first ones are dense")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="v2-lite", help="(default %(default)s)")
     parser.add_argument(
-        "--points", default="1024x4,1024x8,1024x16,1024x32,1024x64,8192x4,8192x16", help="input x concurrency"
-    )
-    parser.add_argument("--output", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens a step")
+        "--layers", type=int, default=0,
+        help="0, the default: all; the first ones are dense. All of R1's fit on no single card: 11 do on an H200, 5 on "
+        "an H100 of 80 GB",
+    )  # fmt: skip
+    parser.add_argument(
+        "--points", type=points, default="1024x4,1024x8,1024x16,1024x32,1024x64,8192x4,8192x16",
+        help="INPUTxSTREAMS: prompt tokens of each, and how many at once (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--output", type=int, default=1024, help="tokens of each stream (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of each point; medians count (default %(default)s)")
+    parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens a step (default %(default)s)")
     parser.add_argument("--peer", action="store_true", help="alternate with vLLM, where it can be imported")
     parser.add_argument("--memory", type=float, default=0.0, help="share of the GPU, default 0.92, beside a peer 0.47")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=1.0, help="(default %(default)s)")
     parser.add_argument(
         "--profile", action="store_true", help="list the kernels of a step and of the prompts on stderr"
     )
     parser.add_argument("--apart", action="store_true", help="compute the shared experts by themselves, as with a link")
     parser.add_argument("--link", choices=("local", "mailbox"), default="local", help="mailbox: after the local link")
-    parser.add_argument("--shards", type=int, default=2, help="processes that hold the experts, with --link mailbox")
-    parser.add_argument("--workers", type=int, choices=(1, 2), default=1, help="with --link mailbox")
-    parser.add_argument("--json", type=Path)
+    beside = "with --link mailbox (default %(default)s)"
+    parser.add_argument("--shards", type=int, default=2, help=f"processes that hold the experts, {beside}")
+    parser.add_argument("--workers", type=int, choices=(1, 2), default=1, help=beside)
+    parser.add_argument("--json", type=Path, help="write all figures there too")
+    return parser
+
+
+def main() -> None:
+    parser = command_line()
     arguments = parser.parse_args()
-    with mps() if arguments.link == "mailbox" else contextlib.nullcontext():
+    if arguments.peer and importlib.util.find_spec("vllm") is None:
+        parser.error(
+            "--peer needs vLLM in this environment (0.25.1 was measured), and it is not installed: "
+            "leave --peer out to measure ours alone"
+        )
+    with contextlib.ExitStack() as stack:
+        if arguments.link == "mailbox":
+            try:
+                stack.enter_context(mps())
+            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+                remedy = "leave --link out to measure the local link"
+                parser.error(f"--link mailbox shares the GPU through MPS, and {error}: {remedy}")
+        need_gpu(parser)
         run(arguments)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    points = [tuple(map(int, point.split("x"))) for point in arguments.points.split(",")]
-    ceiling, batch = ceilings(), max(n for _, n in points)
-    context = max(inputs for inputs, _ in points) + arguments.output + 64
+    ceiling, batch = ceilings(), max(n for _, n in arguments.points)
+    context = max(inputs for inputs, _ in arguments.points) + arguments.output + 64
     memory = arguments.memory or (0.47 if arguments.peer else 0.92)
     config, weights, stacks = load(arguments.shape, arguments.layers, arguments.apart)
     started = time.perf_counter()
@@ -286,7 +320,7 @@ def run(arguments: argparse.Namespace) -> None:
         peer = Peer(folder, batch, context, arguments.chunk, memory)
     print(head(config, arguments, ceiling["read"], stacks), flush=True)
     rows = []
-    for inputs, concurrency in points:
+    for inputs, concurrency in arguments.points:
         row = measure(bench, peer, inputs, concurrency, arguments)
         rows.append(row)
         print(line(bench, row, ceiling["read"]), flush=True)

@@ -1,7 +1,11 @@
-"""`python -m benchmarks.link`: the round trip of a dispatch and combine of 8 rows through empty experts.
+"""The round trip of a dispatch and combine of 8 rows through empty experts, over the CPU's links: mailbox against bus.
+
+python -m benchmarks.link [--rows 8] [--count 2000]
+python -m benchmarks.kernels.link                          the GPU's link, which this does not measure
 
 It starts a NATS server of its own and, for each size, a shard in a process of its own whose experts answer zeros, so
 that what is measured is the link alone. Mailbox and bus take turns in blocks, so that both meet the same machine.
+Exit status 1 if the mailbox takes more than a third of the bus at p50, or if nothing could be measured.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from torch import Tensor
 
 from common.actor import run_process
 from common.bus import Bus
-from common.errors import BusUnavailable
+from common.errors import BusUnavailable, MoeculeError
 from common.lines import nats_binary
 from common.log import setup_logs
 from common.messages import ExpertMap, ShardBeat, ShardEntry, new_boot_id
@@ -37,7 +41,9 @@ from services.gpu_worker.links import ExpertLinks
 
 SHARD = "bench-shard"
 LARGE_HIDDEN, LARGE_TOPK = 2048, 6  # DeepSeek-V2-Lite
+ROWS = 64  # the most that a mailbox has room for in a decode step
 BLOCK = 100  # round trips over one link before the other has its turn
+SHARD_SECONDS = 60.0  # for a shard's process to start: torch alone may take some
 
 
 class ZeroExperts:
@@ -45,6 +51,7 @@ class ZeroExperts:
 
     def __init__(self, config: ModelConfig) -> None:
         self.held = frozenset(range(config.partitions))
+        self.tokens = ()  # of which experts: nobody counts
 
     def compute(self, layer: int, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor) -> bool:
         out.zero_()
@@ -79,20 +86,20 @@ def nats_server(folder: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def shard_process(url: str, model: str, hidden: int, topk: int) -> Iterator[None]:
+def shard_process(url: str, model: str, hidden: int, topk: int) -> Iterator[subprocess.Popen[bytes]]:
     settings = dict(
         MOECULE_NATS_URL=url, MOECULE_MODEL=model, MOECULE_ID=SHARD, MOECULE_LOG_LEVEL="warning",
         LINK_HIDDEN=str(hidden), LINK_TOPK=str(topk), OMP_NUM_THREADS="1",
     )  # fmt: skip
     shard = subprocess.Popen([sys.executable, "-m", "benchmarks.link", "--shard"], env=os.environ | settings)
     try:
-        yield
+        yield shard
     finally:
         shard.kill()
         shard.wait()
 
 
-async def ready_shard(bus: Bus) -> ShardBeat:
+async def ready_shard(bus: Bus, process: subprocess.Popen[bytes]) -> ShardBeat:
     found: asyncio.Future[ShardBeat] = asyncio.get_running_loop().create_future()
 
     async def on_beat(_: str, beat: object) -> None:
@@ -100,14 +107,21 @@ async def ready_shard(bus: Bus) -> ShardBeat:
             found.set_result(beat)
 
     await bus.subscribe(f"moecule.v1.shard.{SHARD}.beat", on_beat)
-    return await found
+    deadline = time.monotonic() + SHARD_SECONDS
+    while not found.done():
+        if (code := process.poll()) is not None:
+            raise RuntimeError(f"the shard's process ended with exit code {code}; what it said is above")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the shard was not ready within {SHARD_SECONDS:.0f} s; what it said is above")
+        await asyncio.wait([found], timeout=0.1)
+    return found.result()
 
 
 @contextlib.asynccontextmanager
 async def attached(bus: Bus, config: ModelConfig, shard: ShardBeat, mode: str) -> AsyncIterator[ExpertLinks]:
     links = ExpertLinks(
         bus, config, worker_id=f"bench-{mode}", boot_id=new_boot_id(), node=node_id(), mode=mode,
-        decode_rows=64, prefill_rows=320, loop=asyncio.get_running_loop(),
+        decode_rows=ROWS, prefill_rows=320, loop=asyncio.get_running_loop(),
     )  # fmt: skip
     owners = ((SHARD,),) * config.partitions
     entry = ShardEntry(shard.boot_id, shard.node)
@@ -142,15 +156,16 @@ def round_trips(links: ExpertLinks, config: ModelConfig, rows: int, count: int) 
 async def measure(url: str, model: str, hidden: int, topk: int, rows: int, count: int) -> dict[str, list[float]]:
     config = config_of(model, hidden, topk)
     times: dict[str, list[float]] = {"mailbox": [], "bus": []}
-    with shard_process(url, model, hidden, topk):
+    block = min(BLOCK, count)
+    with shard_process(url, model, hidden, topk) as process:
         bus = NatsBus(url, "bench")
         await bus.connect()
-        shard = await ready_shard(bus)
+        shard = await ready_shard(bus, process)
         async with attached(bus, config, shard, "mailbox") as mailbox, attached(bus, config, shard, "bus") as over_bus:
-            for block in range(1 + count // BLOCK):
+            for turn in range(1 + -(-count // block)):
                 for name, links in (("mailbox", mailbox), ("bus", over_bus)):
-                    taken = await asyncio.to_thread(round_trips, links, config, rows, BLOCK)
-                    times[name] += taken if block else []  # the first block warms up
+                    taken = await asyncio.to_thread(round_trips, links, config, rows, block)
+                    times[name] += taken if turn else []  # the first turn warms up
         await bus.close()
     return times
 
@@ -169,15 +184,21 @@ def report(config: ModelConfig, rows: int, times: dict[str, list[float]]) -> flo
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.link")
-    parser.add_argument("--model", default="models/tiny")
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--count", type=int, default=2000, help="round trips over each link")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.link", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="models/tiny", help="whose shape is measured first (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=8, help=f"of each dispatch, 1 to {ROWS} (default %(default)s)")
+    parser.add_argument("--count", type=int, default=2000, help="round trips over each link (default %(default)s)")
     parser.add_argument("--shard", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.shard:
         del sys.argv[1:]  # which an actor reads as its own
-        run_process("shard", EmptyShard)
+        run_process("shard", lambda: EmptyShard)
+    if not 1 <= options.rows <= ROWS:
+        parser.error(f"--rows must be 1 to {ROWS}")
+    if options.count < 2:
+        parser.error("--count must be at least 2: of less there is no median")
     setup_logs(Settings(log_level="warning"))
     torch.set_num_threads(1)
     ratios = []
@@ -185,7 +206,10 @@ def main() -> int:
     print(" hidden  topk  rows  link          p50      p99  ratio")
     with tempfile.TemporaryDirectory(prefix="moecule-bench-") as folder, nats_server(folder) as url:
         for hidden, topk in ((0, 0), (LARGE_HIDDEN, LARGE_TOPK)):
-            times = uvloop.run(measure(url, options.model, hidden, topk, options.rows, options.count))
+            try:
+                times = uvloop.run(measure(url, options.model, hidden, topk, options.rows, options.count))
+            except (RuntimeError, MoeculeError) as error:
+                sys.exit(f"FAILED: {error}")
             ratios.append(report(config_of(options.model, hidden, topk), options.rows, times))
     verdict = "holds" if min(ratios) >= 3 else "DOES NOT HOLD"
     print(f"the mailbox takes at most 1/3 of the bus at p50: {verdict}")

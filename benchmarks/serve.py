@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import math
 import os
 import shlex
 import statistics
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -202,9 +204,18 @@ def drawing(title: str, runs: Sequence[bytes]) -> str:
 
 
 def model_of(url: str, key: str) -> str:
-    asked = urllib.request.Request(f"{url}/models", headers={"authorization": f"Bearer {key}"})
-    with urllib.request.urlopen(asked, timeout=30) as answer:
-        return msgspec.json.decode(answer.read())["data"][0]["id"]
+    """The first that the endpoint names. Raises RuntimeError where it names none."""
+    try:
+        asked = urllib.request.Request(f"{url}/models", headers={"authorization": f"Bearer {key}"})
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            return msgspec.json.decode(answer.read())["data"][0]["id"]
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise RuntimeError(f"{url}/models answers HTTP {error.code}: check --url and --key") from None
+    except OSError:
+        raise RuntimeError(f"nothing answers at {url}: start it with `make serve`, or add --server") from None
+    except (ValueError, LookupError, TypeError, http.client.HTTPException):
+        raise RuntimeError(f"{url}/models names no model: check --url, or name one with --model") from None
 
 
 async def run(options: argparse.Namespace, model: str) -> bool:

@@ -60,9 +60,14 @@ class Log:
     def text(self, lines: int = 40) -> str:
         return "\n".join(line for _, line in self.lines[-lines:])
 
-    def close(self) -> None:
+    def reason(self) -> str:
+        """The last sentence of a line that could not start. That a supervisor restarts its child tells no cause."""
+        texts = (found["text"] if (found := HONCHO_LINE.match(line)) else line for _, line in reversed(self.lines))
+        return next((text for text in texts if text.startswith("moecule: ") and ": restart in " not in text), "")
+
+    def close(self, seconds: float = STOP_SECONDS) -> None:
         """Once every process that holds the pipe is gone."""
-        self._thread.join(STOP_SECONDS)
+        self._thread.join(seconds)
 
 
 def phase_of(line: str) -> str:
@@ -123,7 +128,9 @@ class Server:
             if or_missing and status == 404:
                 break
             if self._process.poll() is not None:
-                raise RuntimeError(f"the command ended with exit code {self._process.returncode}")
+                self.log.close(LAST_SECONDS)  # what it said last may still be on its way
+                why = self.log.reason()
+                raise RuntimeError(f"the command ended with exit code {self._process.returncode}{why and f', {why}'}")
             if self.seconds() > limit:
                 raise RuntimeError(f"{path} did not answer within {limit:.0f} s")
             self._tell()

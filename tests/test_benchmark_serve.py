@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import socket
 import sys
+import threading
 import urllib.error
 import urllib.request
 import xml.etree.ElementTree as ElementTree
@@ -162,6 +165,34 @@ async def test_a_server_that_answers_nothing(front: Front, capsys: pytest.Captur
     front.scheduler.refusal = Overloaded("full")
     assert not await run(front, *SHORT)
     assert "FAILED: HTTP 429: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (None, "nothing answers at URL: start it with `make serve`, or add --server"),
+        (b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\n\r\n", "URL/models answers HTTP 401: check --url"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}", "URL/models names no model: check --url, or name one"),
+        (b"+PONG\r\n\r\n", "URL/models names no model: check --url, or name one"),
+    ],
+)
+def test_an_endpoint_that_names_no_model(answer: bytes | None, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+
+        def respond() -> None:
+            peer, _ = listener.accept()
+            with peer:
+                peer.recv(4096)
+                peer.sendall(answer or b"")
+
+        if answer is None:
+            listener.close()
+        else:
+            threading.Thread(target=respond, daemon=True).start()
+        monkeypatch.setattr(sys, "argv", ["serve", "--url", url])
+        with pytest.raises(SystemExit, match=re.escape(f"FAILED: {says.replace('URL', url)}")):
+            serve.main()
 
 
 async def test_streams_beside_prompts(front: Front, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,6 +105,20 @@ def test_a_command_that_ends_tells_its_last_words(tmp_path: Path) -> None:
         start.start_once(command(tmp_path, "print('no such model'); raise SystemExit(3)"), cold=False, limit=20)
 
 
+FAILED_START = """\
+00:00:00 nats.1         | moecule: MOECULE_FOO is no setting
+00:00:01 gateway.1      | moecule: there is no model folder
+00:00:01 scheduler.1    | moecule: scheduler ended with exit code 1: restart in 0.1 s
+00:00:02 gateway.1      | {"event": "moecule: nothing"}
+00:00:02 system         | nats.1 stopped (rc=78)"""
+
+
+def test_the_reason_of_a_failed_start_is_repeated(tmp_path: Path) -> None:
+    code = f"print({FAILED_START!r}); raise SystemExit(78)"
+    with pytest.raises(RuntimeError, match=r"ended with exit code 78, moecule: there is no model folder\n00:00:00"):
+        start.start_once(command(tmp_path, code), cold=False, limit=20)
+
+
 def test_a_command_that_never_answers(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="/health did not answer within 0 s"):
         start.start_once(command(tmp_path, "import time; time.sleep(60)"), cold=False, limit=0.3)

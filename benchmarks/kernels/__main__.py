@@ -18,7 +18,7 @@ import torch
 import triton
 
 from benchmarks.kernels import KernelCase
-from benchmarks.kernels.timing import ceilings, microseconds
+from benchmarks.kernels.timing import ceilings, microseconds, need_gpu
 from benchmarks.kernels.tuning import tune
 
 NOT_OPS = {"__init__", "__main__", "timing", "tuning"}
@@ -86,8 +86,7 @@ def main() -> None:
     ops = arguments.ops.split(",") if arguments.ops else OPS
     if unknown := set(ops) - set(OPS):
         parser.error(f"no such kernel: {', '.join(sorted(unknown))}")
-    if not torch.cuda.is_available():
-        parser.error("this measures on a GPU, and PyTorch finds none")
+    need_gpu(parser)
     started, rows = time.monotonic(), []
     ceiling = ceilings()
     head = [

@@ -18,6 +18,7 @@ import torch
 import triton
 
 from benchmarks.engine import Bench, load, progress
+from benchmarks.kernels.timing import need_gpu
 from benchmarks.kernels.tuning import keep
 from benchmarks.shapes import SHAPES
 from common.pages import PAGE
@@ -149,10 +150,11 @@ def tune(tables: Tables, runner: GpuRunner, rows: int) -> dict[Shape, dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="v2-lite")
-    parser.add_argument("--layers", type=int, default=0, help="0: all; fewer show smaller differences")
-    parser.add_argument("--rows", default="4,16,64", help="of the steps; a tile serves up to so many")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="v2-lite", help="(default %(default)s)")
+    parser.add_argument("--layers", type=int, default=0, help="0, the default: all; fewer show smaller differences")
+    parser.add_argument("--rows", default="4,16,64", help="of the steps; a tile serves up to so many (default 4,16,64)")
     arguments = parser.parse_args()
+    need_gpu(parser)
     config, weights, stacks = load(arguments.shape, arguments.layers, False)
     most = max(map(int, arguments.rows.split(",")))
     bench = Bench(config, weights, stacks, max_batch=most, max_context=2 * INPUT, chunk_tokens=4096, memory=0.92)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
 
@@ -12,6 +13,12 @@ import triton.language as tl
 from benchmarks.kernels import Launch
 
 ROUND_MS = 8.0
+
+
+def need_gpu(parser: argparse.ArgumentParser) -> None:
+    """Ends the program where there is none. This may begin to use the GPU: MPS must be there before."""
+    if not torch.cuda.is_available():
+        parser.error("this measures on a GPU, and PyTorch finds none")
 
 
 class Timed:

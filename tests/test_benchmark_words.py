@@ -1,0 +1,48 @@
+"""What benchmarks of the GPU say where they cannot run: one sentence each, and no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import engine
+
+
+@pytest.mark.parametrize("module", ["engine", "kernels", "kernels.in_step"])
+def test_without_a_gpu(module: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}"], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert ran.returncode == 2 and "Traceback" not in ran.stderr
+    assert ran.stderr.endswith("error: this measures on a GPU, and PyTorch finds none\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--peer"], "--peer needs vLLM in this environment (0.25.1 was measured), and it is not installed: leave"),
+        (["--link", "mailbox"], "and nvidia-cuda-mps-control is not installed: leave --link out"),
+        (["--points", "foo"], "argument --points: 'foo' names no points: use INPUTxSTREAMS, as 1024x16"),
+        (["--points", "1024x16,"], "use INPUTxSTREAMS"),
+        (["--points", "1024x0"], "use INPUTxSTREAMS"),
+    ],
+)
+def test_what_the_engine_cannot_measure(
+    arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(engine, "run", lambda arguments: None)
+    monkeypatch.setattr(sys, "argv", ["engine", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        engine.main()
+    assert ended.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_points() -> None:
+    assert engine.command_line().parse_args(["--points", "1024x16,8192x4"]).points == [(1024, 16), (8192, 4)]
+    assert engine.command_line().parse_args([]).points[0] == (1024, 4)
