@@ -69,7 +69,8 @@ $(STAMP): pyproject.toml
 		{ echo "Moecule needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): a minute or two"
-	@test -z "$(GIVEN)" && command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet $(TORCH)
+	@test -z "$(GIVEN)" && command -v nvidia-smi >/dev/null 2>&1 || \
+		{ torch='$(TORCH)'; $(BIN)/python -m pip install --quiet $$torch; }
 	@command -v nvidia-smi >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet "$(TRITON)"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@

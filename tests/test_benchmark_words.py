@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from benchmarks import engine
+from benchmarks.kernels.__main__ import NOT_OPS
 
 
 @pytest.mark.parametrize("module", ["engine", "kernels", "kernels.in_step"])
@@ -46,3 +48,10 @@ def test_what_the_engine_cannot_measure(
 def test_points() -> None:
     assert engine.command_line().parse_args(["--points", "1024x16,8192x4"]).points == [(1024, 16), (8192, 4)]
     assert engine.command_line().parse_args([]).points[0] == (1024, 4)
+
+
+def test_every_kernel_that_can_be_measured_has_cases() -> None:
+    folder = Path("benchmarks/kernels")
+    ops = {path.stem for path in folder.glob("*.py")} - NOT_OPS
+    assert {"linear", "mla_decode"} <= ops
+    assert not [op for op in sorted(ops) if "\ndef cases(" not in (folder / f"{op}.py").read_text()]

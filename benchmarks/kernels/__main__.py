@@ -21,7 +21,7 @@ from benchmarks.kernels import KernelCase
 from benchmarks.kernels.timing import ceilings, microseconds, need_gpu
 from benchmarks.kernels.tuning import tune
 
-NOT_OPS = {"__init__", "__main__", "timing", "tuning"}
+NOT_OPS = {"__init__", "__main__", "in_step", "timing", "tuning"}
 OPS = sorted({p.stem for p in Path(__file__).parent.glob("*.py")} - NOT_OPS)
 
 

@@ -53,6 +53,11 @@ def make_engine(
     if not pages:
         pages = cache_pages(model, max_batch, chunk_tokens, max_context, fp8_cache, memory)
     log.info("KV cache", pages=pages, tokens=pages * PAGE)
+    if pages * PAGE < max_context:
+        log.warning(
+            "the KV cache is smaller than a request may be: a higher MOECULE_GPU_MEMORY, MOECULE_KV_CACHE=fp8 or a "
+            "lower MOECULE_MAX_CONTEXT mends that", tokens=pages * PAGE, context=max_context,
+        )  # fmt: skip
     cache = model.new_cache(pages, fp8_cache)
     runner = GpuRunner(
         model, cache, sampler, max_batch=max_batch, max_context=max_context, fp8_cache=fp8_cache, links=links
