@@ -106,10 +106,8 @@ class Sampler:
         """Within kernels.ahead: all that a request may ask for, each by itself, whatever the number of rows. (What is
         asked for together compiles when it comes.)"""
         vocab, device = self._vocab, self._device
-        logits, out = (
-            torch.zeros(1, vocab, dtype=dtype, device=device),
-            torch.zeros(1, dtype=torch.int64, device=device),
-        )
+        logits = torch.zeros(1, vocab, dtype=dtype, device=device)
+        out = torch.zeros(1, dtype=torch.int64, device=device)
         mask = torch.zeros(1, -(-vocab // 32), dtype=torch.int32, device=device)
         asked: tuple[dict[str, Any], ...] = (
             {}, {"logprobs": 0}, {"logprobs": 1}, {"logprobs": 2}, {"presence_penalty": 1.0},
