@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.link import ipc, naive, views
-from kernels.link.flags import BASE, FLAG, LIVE, region_at, signal, word_at
+from kernels.link.flags import BASE, FLAG, LIVE, NEAR, region_at, signal, word_at
 from kernels.link.layout import Region, SlabLayout
 from kernels.link.triton import combine, dispatch, give_back, take, wait
 from kernels.link.views import SENT, Peers, Requests
@@ -46,6 +46,7 @@ class Setup:
     layers: int = 58
     inputs: int = 2  # batches that the layers take in turn
     peers: int = 1
+    near: bool = True  # the two sides know that they are on one GPU
     budget_ns: int = 2_000_000_000
 
     @property
@@ -70,25 +71,26 @@ def _echo(
     PDL: tl.constexpr,
 ):  # fmt: skip
     index, programs = tl.program_id(0), tl.num_programs(0)
-    base, flag, live = tl.load(table + BASE), word_at(table, FLAG), tl.load(table + LIVE) != 0
+    live, near = tl.load(table + LIVE) != 0, tl.load(table + NEAR) != 0
+    base, flag = tl.load(table + BASE), word_at(table, FLAG)
     wait_ahead(PDL)
     let_next_begin(PDL)
-    asked, answers = tl.minimum(tl.load(count), bound), live & (tl.load(ok) != 0)
     group, k, groups = tl.arange(0, GROUPS), tl.arange(0, K), hidden // 128
     at = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     row = index.to(tl.int64)
-    while (row < asked) & answers:
+    asked, answers = tl.minimum(tl.load(count), bound), live & (tl.load(ok) != 0)
+    while (row < bound) & answers:
         chosen = tl.load(ids + row * TOPK + k, mask=k < TOPK, other=-1)
         weight = tl.load(weights + row * TOPK + k, mask=k < TOPK, other=0.0)
-        factor = tl.sum(tl.where(chosen >= 0, weight * (chosen + 1).to(tl.float32), 0.0))
         x = tl.load(data + row * hidden + at, mask=at < hidden, other=0.0).to(tl.float32)
         scale = tl.load(scales + row * groups + group, mask=group < groups, other=0.0)
+        factor = tl.sum(tl.where(chosen >= 0, weight * (chosen + 1).to(tl.float32), 0.0))
         total = (x * scale[:, None] * factor).to(tl.bfloat16)
         to = region_at(base, reply_at, tl.bfloat16) if SENDS else out
-        tl.store(to + row * hidden + at, total, mask=at < hidden)
+        tl.store(to + row * hidden + at, total, mask=(at < hidden) & (row < asked))
         row += programs
     if SENDS and answers:
-        signal(table, flag, tickets, index, programs, TICKET)
+        signal(table, flag, near, tickets, index, programs, TICKET)
 
 
 def echo(requests: Requests, peers: Peers, layout: SlabLayout, region: Region, variant: Variant, out: Tensor) -> None:
@@ -129,7 +131,7 @@ class Worker:
         self.abort = ipc.HostWords(setup.peers)
         for peer, base in enumerate(there):
             inbox = reply.data_ptr() + self.layout.flag_at(peer)
-            self.peers.attach(peer, base, base + self.layout.flag_at(), inbox, self.abort.address(peer))
+            self.peers.attach(peer, base, base + self.layout.flag_at(), inbox, self.abort.address(peer), setup.near)
         self.owner = (torch.arange(setup.experts, device="cuda") % setup.peers).int()
         self.stream = torch.cuda.Stream()
 
@@ -203,7 +205,7 @@ class Shard:
         self.ends = [Peers.empty(1, setup.budget_ns, "cuda") for _ in slabs]
         for peer, (end, slab) in enumerate(zip(self.ends, slabs, strict=True)):
             block, flag = there + self.layout.block_at(peer), there + self.layout.flag_at(peer)
-            end.attach(0, block, flag, slab.data_ptr() + self.layout.flag_at(), self.abort.address(0))
+            end.attach(0, block, flag, slab.data_ptr() + self.layout.flag_at(), self.abort.address(0), setup.near)
         self.local = torch.empty(setup.rows, setup.hidden, dtype=torch.bfloat16, device="cuda")
         self.stream = torch.cuda.Stream()
 

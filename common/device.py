@@ -40,6 +40,11 @@ def fitting() -> Iterator[None]:
         ) from error
 
 
+def device_uuid() -> str:
+    """The current GPU's, which is the same in every process on the node."""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
+
 def why_no_gpu() -> str:
     """What PyTorch says where it finds none."""
     build = f"PyTorch {torch.__version__} is built for CUDA {torch.version.cuda}"

@@ -354,13 +354,14 @@ class Attach(Message):
 
 
 class Attached(Message):
-    """`socket`: name of the shard's abstract Unix socket for a mailbox, empty when the link is the bus. `handle`: the
-    CUDA IPC handle of the worker's request slab, in a GPU's handshake."""
+    """`socket`: name of the shard's abstract Unix socket for a mailbox, empty when the link is the bus. `handle`
+    and `device`, in a GPU's handshake: the CUDA IPC handle of the worker's request slab, and the GPU's uuid."""
 
     boot_id: str
     layout: int
     socket: str = ""
     handle: bytes = b""
+    device: str = ""
 
 
 class ExpertRows(Message):

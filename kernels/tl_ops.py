@@ -40,6 +40,16 @@ def prefetch(pointers, bytes):
 
 
 @triton.jit
+def to_l1(words, count, COUNT: tl.constexpr):
+    """Ask the processor's own cache for `count` words of four bytes; COUNT is the power of two that holds them. For a
+    table that no launch of a step changes, before `wait_ahead`. NVIDIA's alone."""
+    pointers = words + tl.minimum(tl.arange(0, (COUNT + 31) // 32) * 32, count - 1)  # one a line of 128 bytes
+    tl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b, float32. The interpreter's bf16 products are garbage: there the operands are widened first."""
     if _INTERPRETED and a.dtype == tl.bfloat16:

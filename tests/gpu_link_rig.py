@@ -55,15 +55,16 @@ class LinksInProcess:
             slab = DeviceMemory.allocate(layout.request_bytes())
             views.format_requests(slab.tensor(), layout, BOOT)
             launches = GpuLaunches(
-                layout, index, slab.tensor(), self._reply.address, stacks, buckets, bound, slab.close, slice_rows
-            )
+                layout, index, slab.tensor(), self._reply.address, stacks, buckets, bound, slab.close, slice_rows,
+                near=True,
+            )  # fmt: skip
             self.launches.append(launches)
             doorbell, _ = Doorbell.create()
             server = GpuServer()
             server.attach(GpuAttachment("w", doorbell, launches, chunk_tokens))
             self.servers.append(server)
             theirs = _Rung(server.bell)
-            self.peers.append(GpuPeer(f"s{index}", "b", index, slab.address, doorbell, theirs, aborts))
+            self.peers.append(GpuPeer(f"s{index}", "b", index, slab.address, doorbell, theirs, aborts, near=True))
         entries = {peer.shard_id: ShardEntry("b", "n") for peer in self.peers}
         self._map = ExpertMap(version=1, model="", partitions=config.partitions, owners=tuple(owners), shards=entries)
         self._table = make_table(self._map, self.peers, config.experts, "w")

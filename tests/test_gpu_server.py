@@ -152,8 +152,8 @@ class Device:
     def begin(self) -> None:
         self.log.append("begin")
 
-    def attach(self, peer: int, base: int, abort: int) -> None:
-        self.log.append(("attach", peer, base, abort))
+    def attach(self, peer: int, base: int, abort: int, near: bool) -> None:
+        self.log.append(("attach", peer, base, abort, near))
 
     def detach(self, peer: int) -> None:
         self.log.append(("detach", peer))
@@ -180,11 +180,11 @@ class Worker:
         self.steps = Steps(self.device)  # type: ignore[arg-type]
         self.words, self.freed = Words(), list[str]()
 
-    def peer(self, name: str, index: int) -> GpuPeer:
+    def peer(self, name: str, index: int, near: bool = False) -> GpuPeer:
         worker, _ = doorbell()
         return GpuPeer(
             name, "b", index, 100 * index, worker, Bell.create("test"), self.words,
-            unmap=lambda: self.freed.append(name),
+            unmap=lambda: self.freed.append(name), near=near,
         )  # fmt: skip
 
 
@@ -197,10 +197,12 @@ def table(version: int, *peers: GpuPeer) -> Table:
 
 def test_the_device_is_told_what_changed_and_nothing_else() -> None:
     worker = Worker()
-    a, b = worker.peer("a", 3), worker.peer("b", 1)
+    a, b = worker.peer("a", 3, near=True), worker.peer("b", 1)
     both = table(1, a, b)
     worker.steps.begin(lambda: both)
-    assert worker.device.take() == [("attach", 3, 300, 1003), ("attach", 1, 100, 1001), [3, 1, 3, 1], "begin"]
+    assert worker.device.take() == [
+        ("attach", 3, 300, 1003, True), ("attach", 1, 100, 1001, False), [3, 1, 3, 1], "begin",
+    ]  # fmt: skip
     assert worker.steps.oldest_version() == 1
     worker.steps.begin(lambda: both)
     assert worker.device.take() == []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable
@@ -106,11 +107,14 @@ def ends_of(layout: SlabLayout, budget: int = FOREVER) -> Ends:
         slab = torch.empty(layout.request_bytes(), dtype=torch.uint8, device=DEVICE)
         views.format_requests(slab, layout, BOOT)
         there, here = slab.data_ptr(), reply.data_ptr()
-        worker.attach(peer, there, there + layout.flag_at(), here + layout.flag_at(peer), here + ABORT_AT)
+        worker.attach(
+            peer, there, there + layout.flag_at(), here + layout.flag_at(peer), here + ABORT_AT, near=peer != 1
+        )
         shard = Peers.empty(1, budget, DEVICE)
         shard.attach(
-            0, here + layout.block_at(peer), here + layout.flag_at(peer), there + layout.flag_at(), there + ABORT_AT
-        )
+            0, here + layout.block_at(peer), here + layout.flag_at(peer), there + layout.flag_at(), there + ABORT_AT,
+            near=peer != 1,
+        )  # fmt: skip
         slabs.append(slab)
         shards.append(shard)
     return Ends(layout, worker, tuple(shards), tuple(slabs), reply)
@@ -221,9 +225,10 @@ def test_sums_come_back(
         dense = torch.randn(tokens, hidden, device=DEVICE).bfloat16()
         places = torch.randint(-1, tokens, (tokens, topk), dtype=torch.int32, device=DEVICE)
         parts = dense if peer % 2 else SlotRows(dense, places)
-        give_back(parts, asked.count, shard, layout, region, whole)
-        naive.give_back(parts, asked.count, plain.block(peer, region))
         count = int(asked.count)
+        naive.give_back(parts, asked.count, plain.block(peer, region))
+        places[count:] = 1 << 30  # of rows that nobody asked for, and that nothing may follow
+        give_back(parts, asked.count, shard, layout, region, whole)
         got, want = ends.block(peer, region)[:count], plain.block(peer, region)[:count]
         assert error_ratio(got.float(), want.float()) < TOLERANCE[torch.bfloat16]
         assert shard.ok.item() == 1
@@ -371,10 +376,12 @@ def test_replays_within_one_process(variant: Variant) -> None:
 
 
 @pytest.mark.gpu
-def test_replays_between_two_processes() -> None:
+@pytest.mark.parametrize("near", [True, False])
+def test_replays_between_two_processes(near: bool) -> None:
     variants = variants_of(16)
     with mps():
-        found = list(in_processes([check_worker, check_shard], (SETUP, variants, 1000), seconds=300))
+        arguments = (dataclasses.replace(SETUP, near=near), variants, 1000)
+        found = list(in_processes([check_worker, check_shard], arguments, seconds=300))
     assert found == [{"wrong": 0, "ok": True}] * len(variants)
 
 

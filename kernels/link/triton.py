@@ -5,13 +5,13 @@ import triton.language as tl
 from torch import Tensor, int32
 
 from kernels.combine_norm.naive import SlotRows
-from kernels.link.flags import BASE, COLUMNS, FLAG, LIVE, all_heard, region_at, signal, word_at
+from kernels.link.flags import BASE, COLUMNS, FLAG, LIVE, NEAR, all_heard, region_at, signal, word_at
 from kernels.link.layout import Region, SlabLayout
 from kernels.link.views import STEP, Peers
 from kernels.quant.naive import Fp8Rows
 from kernels.sizes import next_power_of_2
 from kernels.target import INTERPRETED, current, measured_tile, overlap
-from kernels.tl_ops import let_next_begin, wait_ahead
+from kernels.tl_ops import let_next_begin, to_l1, wait_ahead
 
 WORKER, SHARD = 0, 1  # how many signals of the other side a wait wants beyond those we have given
 ONE_LAUNCH = 128  # tokens: up to here every program finds the place of its rows by itself
@@ -31,13 +31,22 @@ def _asks(ids, owner, t, inside, peer, TOPK: tl.constexpr):
 
 
 @triton.jit
-def _write_ids(ids, weights, owner, to_ids, to_weights, t, row, shown, inside, peer, k, TOPK: tl.constexpr):
-    """Token t's ids and weights as row `row`: only the ids that are the peer's, none if it is not `shown`."""
+def _load_ids(ids, weights, t, inside, k, TOPK: tl.constexpr):
+    """Token t's ids and weights."""
     inside = inside & (k < TOPK)
-    chosen = tl.load(ids + t * TOPK + k, mask=inside, other=-1)
+    return (
+        tl.load(ids + t * TOPK + k, mask=inside, other=-1),
+        tl.load(weights + t * TOPK + k, mask=inside),
+    )
+
+
+@triton.jit
+def _write_ids(chosen, weight, owner, to_ids, to_weights, row, shown, inside, peer, k, TOPK: tl.constexpr):
+    """A token's ids and weights as row `row`: only the ids that are the peer's, none if it is not `shown`."""
+    inside = inside & (k < TOPK)
     by = tl.load(owner + chosen, mask=chosen >= 0, other=-1)
     tl.store(to_ids + row * TOPK + k, tl.where((by == peer) & shown, chosen, -1), mask=inside)
-    tl.store(to_weights + row * TOPK + k, tl.load(weights + t * TOPK + k, mask=inside), mask=inside)
+    tl.store(to_weights + row * TOPK + k, weight, mask=inside)
 
 
 @triton.jit
@@ -75,8 +84,9 @@ def _place(
         if live:
             row = tl.where(goes != 0, place, tokens - 1 - t + place)  # tokens that stay fill the rows from the end
             k, at, inside = tl.arange(0, K)[None, :], t[:, None], t[:, None] < tokens
+            chosen, weight = _load_ids(ids, weights, at, inside, k, TOPK)
             shown = goes[:, None] != 0
-            _write_ids(ids, weights, owner, to_ids, to_weights, at, row[:, None], shown, inside, peer, k, TOPK)
+            _write_ids(chosen, weight, owner, to_ids, to_weights, row[:, None], shown, inside, peer, k, TOPK)
         start += BLOCK
     if live:
         tl.store(region_at(base, count_at, tl.int32), placed)
@@ -85,14 +95,17 @@ def _place(
 @triton.jit
 def _dispatch(
     words, scales, ids, weights, owner, slots, table, tickets, ok,
-    tokens, width, groups, data_at, scale_at, ids_at, weights_at, count_at, first_reply, block_rows,
+    tokens, experts, width, groups, data_at, scale_at, ids_at, weights_at, count_at, first_reply, block_rows,
     PEERS: tl.constexpr, TOPK: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr,
-    GROUPS: tl.constexpr, TICKET: tl.constexpr, PDL: tl.constexpr,
+    GROUPS: tl.constexpr, EXPERTS: tl.constexpr, TICKET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows to the peers. TOKENS 0: `_place` has found their places; else, for few, each program does by itself."""
     index, peer, programs = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     entry = table + peer * COLUMNS
-    live, base, flag = tl.load(entry + LIVE) != 0, tl.load(entry + BASE), word_at(entry, FLAG)  # same for all a step
+    live, near = tl.load(entry + LIVE) != 0, tl.load(entry + NEAR) != 0  # all this is the same for all a step
+    base, flag = tl.load(entry + BASE), word_at(entry, FLAG)
+    if PDL and TOKENS:
+        to_l1(owner, experts, EXPERTS)
     wait_ahead(PDL)
     let_next_begin(PDL)
     sends = live & (tl.load(ok) != 0)
@@ -102,7 +115,8 @@ def _dispatch(
     while t < tokens:
         if TOKENS:
             row, scale = _load_row(words, scales, t, width, groups, at, group, True)
-            tl.debug_barrier()  # the row is on its way while its place is looked for: ptxas would load it later
+            chosen, weight = _load_ids(ids, weights, t, k >= 0, k, TOPK)
+            tl.debug_barrier()  # all this is on its way while its place is looked for: ptxas would load it later
             every = tl.arange(0, TOKENS)
             mine, nobody = _asks(ids, owner, every, every <= t, peer, TOPK)
             # How many of the tokens before go too, and of this one both answers, in one sum.
@@ -126,12 +140,12 @@ def _dispatch(
             if live:
                 to_ids, to_weights = region_at(base, ids_at, tl.int32), region_at(base, weights_at, tl.float32)
                 to = tl.where(goes, place, tokens - 1 - t + place)  # tokens that stay fill the rows from the end
-                _write_ids(ids, weights, owner, to_ids, to_weights, t, to, goes, k < TOPK, peer, k, TOPK)
+                _write_ids(chosen, weight, owner, to_ids, to_weights, to, goes, k >= 0, peer, k, TOPK)
                 if t == tokens - 1:
                     tl.store(region_at(base, count_at, tl.int32), place + goes.to(tl.int32))
         t += programs
     if live:
-        signal(entry, flag, tickets + peer, index, programs, TICKET)
+        signal(entry, flag, near, tickets + peer, index, programs, TICKET)
 
 
 @triton.jit
@@ -163,31 +177,41 @@ def _combine(rows, slots, out, hidden, PEERS: tl.constexpr, BLOCK: tl.constexpr,
 
 
 @triton.jit
+def _sum_of(rows, places, row, held, hidden, at, TOPK: tl.constexpr):
+    """Row `row`'s partial sum. A row that nobody asked for may have any places, so none past `held` rows is read."""
+    if TOPK:
+        total = (at < 0).to(tl.float32)
+        for k in tl.static_range(TOPK):
+            place = tl.load(places + row * TOPK + k).to(tl.int64)
+            inside = (at < hidden) & (place >= 0) & (place < held)
+            total += tl.load(rows + place * hidden + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        total = tl.load(rows + row * hidden + at, mask=at < hidden).to(tl.float32)
+    return total
+
+
+@triton.jit
 def _give_back(
-    rows, places, count, table, tickets, ok, bound, hidden, reply_at,
+    rows, places, count, table, tickets, ok, bound, held, hidden, reply_at,
     TOPK: tl.constexpr, BLOCK: tl.constexpr, TICKET: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     index, programs = tl.program_id(0), tl.num_programs(0)
-    base, flag, live = tl.load(table + BASE), word_at(table, FLAG), tl.load(table + LIVE) != 0  # same for all a step
+    live, near = tl.load(table + LIVE) != 0, tl.load(table + NEAR) != 0  # all this is the same for all a step
+    base, flag = tl.load(table + BASE), word_at(table, FLAG)
     wait_ahead(PDL)
     let_next_begin(PDL)
+    at, row = tl.arange(0, BLOCK), index.to(tl.int64)
     asked, answers = tl.minimum(tl.load(count), bound), live & (tl.load(ok) != 0)
-    at = tl.arange(0, BLOCK)
+    total = _sum_of(rows, places, row, held, hidden, at, TOPK)
+    tl.debug_barrier()  # the first row is on its way before it is known whether anyone asks for it
     if answers:
-        row = index.to(tl.int64)
         while row < asked:
-            if TOPK:
-                total = tl.zeros([BLOCK], tl.float32)
-                for k in tl.static_range(TOPK):
-                    place = tl.load(places + row * TOPK + k).to(tl.int64)
-                    part = tl.load(rows + place * hidden + at, mask=(at < hidden) & (place >= 0), other=0.0)
-                    total += part.to(tl.float32)
-            else:
-                total = tl.load(rows + row * hidden + at, mask=at < hidden).to(tl.float32)
             there = region_at(base, reply_at, tl.bfloat16) + row * hidden
             tl.store(there + at, total.to(tl.bfloat16), mask=at < hidden)
             row += programs
-        signal(table, flag, tickets, index, programs, TICKET)
+            if row < asked:
+                total = _sum_of(rows, places, row, held, hidden, at, TOPK)
+        signal(table, flag, near, tickets, index, programs, TICKET)
 
 
 def dispatch(
@@ -226,9 +250,9 @@ def dispatch(
     ticket = bool(tile["ticket"]) and programs > 1
     _dispatch[(programs, len(peers))](
         words, scale, ids, weights, owner, slots, peers.table, peers.tickets, peers.ok,
-        tokens, width, groups, there.data, there.scale, *places,
+        tokens, len(owner), width, groups, there.data, there.scale, *places,
         len(peers), topk, k, 0 if block else next_power_of_2(tokens), next_power_of_2(width),
-        next_power_of_2(groups), ticket, pdl, num_warps=tile["warps"], **overlap(pdl),
+        next_power_of_2(groups), next_power_of_2(len(owner)), ticket, pdl, num_warps=tile["warps"], **overlap(pdl),
     )  # fmt: skip
 
 
@@ -287,7 +311,7 @@ def give_back(
     pdl, programs = bool(tile["pdl"]), min(tile["programs"], bound)
     ticket = bool(tile["ticket"]) and programs > 1
     _give_back[(programs,)](
-        rows, places, count, peers.table, peers.tickets, peers.ok, bound, hidden,
+        rows, places, count, peers.table, peers.tickets, peers.ok, bound, len(rows), hidden,
         layout.region(region).reply * hidden * 2, topk, next_power_of_2(hidden), ticket, pdl,
         num_warps=tile["warps"], **overlap(pdl),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.link.layout import ABORT_AT, BOOT_AT, GROUP, LAYOUT, VERSION_AT, Region, SlabLayout
 from kernels.quant.naive import Fp8Rows
 
-LIVE, BASE, FLAG, INBOX, ABORT, SENT = range(6)
+LIVE, BASE, FLAG, INBOX, ABORT, SENT, NEAR = range(7)
 COLUMNS = 8  # of a row of the table of peers: 64 bytes
 STEP = 4096  # what one whole signal adds to a flag, and the most programs that may share in one
 
@@ -33,7 +33,8 @@ class Peers:
     Row of the table: LIVE (1 or 0), BASE (address here of the peer's memory that we write: a shard's request slab, or
     our block of a worker's reply slab), FLAG (address of the flag that we set there), INBOX (address of the flag that
     the peer sets here), ABORT (address of an int32 that a host sets to give the peer up), SENT (how many signals we
-    gave it). Kernels advance SENT; a host changes rows between steps only, on the stream that the steps run on.
+    gave it), NEAR (1: it runs on our GPU). Kernels advance SENT; a host changes rows between steps only, on the stream
+    that the steps run on.
     """
 
     table: Tensor  # int64 [peers, COLUMNS]
@@ -50,9 +51,10 @@ class Peers:
             torch.zeros(peers, dtype=torch.int32, device=device),
         )
 
-    def attach(self, peer: int, base: int, flag: int, inbox: int, abort: int) -> None:
-        """Both flags are zero: a link begins with fresh slabs."""
-        row = (1, base, flag, inbox, abort, 0, 0, 0)
+    def attach(self, peer: int, base: int, flag: int, inbox: int, abort: int, near: bool = False) -> None:
+        """Both flags are zero: a link begins with fresh slabs. `near`: the peer runs on our GPU, maybe in another
+        process, so that a signal need not wait until other devices would see the rows before it."""
+        row = (1, base, flag, inbox, abort, 0, near, 0)
         self.table[peer] = torch.tensor(row, dtype=torch.int64, device=self.table.device)
 
     def detach(self, peer: int) -> None:

@@ -8,7 +8,7 @@ import socket
 
 import torch
 
-from common.device import fitting
+from common.device import device_uuid, fitting
 from common.doorbell import Doorbell
 from common.errors import MoeculeError, Unavailable
 from common.mailbox import HandshakeError, receive_with_fds, same_user, send_with_fds
@@ -109,7 +109,7 @@ class GpuExpertShard(ExpertShard):
             return
         self._sockets[sock] = attachment  # type: ignore[assignment]
         self.server.attach(attachment)
-        message = Attached(boot_id=self.boot_id, layout=LAYOUT, handle=handle)
+        message = Attached(boot_id=self.boot_id, layout=LAYOUT, handle=handle, device=device_uuid())
         send_with_fds(sock, message, [self.server.bell.fd])
         self.log.info("worker attached", worker=attachment.worker_id)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from common.device import device_uuid
 from common.doorbell import Doorbell
 from common.errors import Unavailable
 from common.mailbox import HandshakeError, boot_word
@@ -79,7 +80,10 @@ def accept(
         views.check_slab(there.tensor(), boot_word(hello.worker_boot_id))
         slab = own.tensor()
         views.format_requests(slab, layout, boot_word(boot_id))
-        launches = GpuLaunches(layout, mailbox.peer, slab, there.address, stacks, mailbox.buckets, bound, free)
+        near = mailbox.device == device_uuid()
+        launches = GpuLaunches(
+            layout, mailbox.peer, slab, there.address, stacks, mailbox.buckets, bound, free, near=near
+        )
     except (CudaError, ValueError, torch.OutOfMemoryError) as error:
         free()
         raise HandshakeError(f"no link between GPUs: {error}") from error

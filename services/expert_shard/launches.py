@@ -36,12 +36,14 @@ class GpuLaunches:
         bound: float,  # seconds that a wait may take
         free: Callable[[], None] = lambda: None,  # whatever memory is behind `slab` and `there`
         slice_rows: int = SLICE_ROWS,
+        *,
+        near: bool = False,  # the worker runs on our GPU
     ) -> None:
         self.layout, self._slab, self._buckets, self._slice, self._free = layout, slab, tuple(buckets), slice_rows, free
         self._abort = HostWords(1)
         self._end = Peers.empty(1, int(bound * 1e9), "cuda")
         block, flag = there + layout.block_at(peer), there + layout.flag_at(peer)
-        self._end.attach(0, block, flag, slab.data_ptr() + layout.flag_at(), self._abort.address(0))
+        self._end.attach(0, block, flag, slab.data_ptr() + layout.flag_at(), self._abort.address(0), near)
         self._decodes = torch.cuda.Stream(priority=-1)
         self._prefills = torch.cuda.Stream(priority=0)
         self._captures = torch.cuda.Stream()

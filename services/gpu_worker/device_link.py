@@ -64,10 +64,11 @@ class DeviceLink:
         """A new start after a failed step, or the first."""
         self.peers.ok.fill_(1)
 
-    def attach(self, peer: int, base: int, abort: int) -> None:
-        """`base`: the address here of the peer's request slab; `abort`: of the word that gives it up."""
+    def attach(self, peer: int, base: int, abort: int, near: bool = False) -> None:
+        """`base`: the address here of the peer's request slab; `abort`: of the word that gives it up; `near`: it runs
+        on this GPU."""
         inbox = self.reply.data_ptr() + self.layout.flag_at(peer)
-        self.peers.attach(peer, base, base + self.layout.flag_at(), inbox, abort)
+        self.peers.attach(peer, base, base + self.layout.flag_at(), inbox, abort, near)
 
     def detach(self, peer: int) -> None:
         self.peers.detach(peer)

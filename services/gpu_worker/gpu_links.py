@@ -17,6 +17,7 @@ import torch
 
 from common.bus import Bus
 from common.clock import Clock
+from common.device import device_uuid
 from common.doorbell import Doorbell, Order
 from common.errors import ExpertsUnavailable
 from common.futex import Bell
@@ -47,7 +48,7 @@ class GpuLinks(Membership):
         self._slab = DeviceMemory.allocate(layout.reply_bytes())  # for as long as this process lives
         reply = self._slab.tensor()
         views.format_slab(reply, boot_word(boot_id))
-        self._mailbox = GpuMailbox(device_id(), layout.peers, layout.quantised, tuple(buckets))
+        self._mailbox = GpuMailbox(device_uuid(), layout.peers, layout.quantised, tuple(buckets))
         hello = Attach(
             worker_id=worker_id, worker_boot_id=boot_id, node=node, layout=LAYOUT,
             decode_rows=layout.decode_rows, prefill_rows=layout.prefill_rows, gpu=self._mailbox,
@@ -126,8 +127,9 @@ class GpuLinks(Membership):
             sock.close()
             raise HandshakeError(f"its memory cannot be reached: {error}") from error
         return GpuPeer(
-            shard_id, attached.boot_id, index, memory.address, doorbell, bell, self._aborts, sock, memory.close
-        )
+            shard_id, attached.boot_id, index, memory.address, doorbell, bell, self._aborts, sock, memory.close,
+            near=reply.device == self._mailbox.device,
+        )  # fmt: skip
 
     def _open(self, reply: Attached) -> DeviceMemory:
         memory = DeviceMemory.open(reply.handle, self.device.layout.request_bytes(), torch.cuda.current_device())
@@ -157,7 +159,3 @@ class GpuLinks(Membership):
     def _is_free(self, index: int) -> bool:
         holder = self._holders.get(index)
         return index not in self._holders or (holder is not None and holder.freed)
-
-
-def device_id() -> str:
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)

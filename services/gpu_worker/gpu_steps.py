@@ -30,14 +30,14 @@ class Words(Protocol):
 
 class GpuPeer(Peer):
     """`index`: of its row in the device's table and its block in our reply slab. `base`: the address here of its
-    request slab, which `unmap` takes away."""
+    request slab, which `unmap` takes away. `near`: it runs on our GPU."""
 
     def __init__(
         self, shard_id: str, boot_id: str, index: int, base: int, doorbell: Doorbell, bell: Bell, aborts: Words,
-        sock: socket.socket | None = None, unmap: Callable[[], None] = lambda: None,
+        sock: socket.socket | None = None, unmap: Callable[[], None] = lambda: None, *, near: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(shard_id, boot_id, sock)
-        self.index, self.base, self.freed = index, base, False
+        self.index, self.base, self.near, self.freed = index, base, near, False
         self._doorbell, self._bell, self._aborts, self._unmap = doorbell, bell, aborts, unmap
         aborts[index] = 0
 
@@ -99,7 +99,7 @@ class Steps:
                 self._leaving.append((self._step, self._known.pop(index)))
         for index, peer in peers.items():
             if index not in self._known:
-                self.device.attach(index, peer.base, peer.abort)
+                self.device.attach(index, peer.base, peer.abort, peer.near)
                 self._known[index] = peer
                 self._shares = None
 
