@@ -7,6 +7,7 @@ weights and is exact. A layer on the worker is dispatch -> wait and combine, on 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -432,9 +433,12 @@ def check_shard(link: Connection, report: Connection, setup: Setup, variants: li
 Side = Callable[..., None]
 
 
-def in_processes(sides: list[Side], arguments: tuple, seconds: float) -> Iterator[dict[str, Any]]:
+def in_processes(
+    sides: list[Side], arguments: tuple, seconds: float, gpus: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """Runs each side in a process of its own, which shares a pipe with the other and reports through a second; yields
-    what is reported. Raises RuntimeError when a side dies or is silent for `seconds`. Nothing outlives it."""
+    what is reported. `gpus`: the CUDA_VISIBLE_DEVICES of each, ours where there is none. Raises RuntimeError when a
+    side dies or is silent for `seconds`. Nothing outlives it."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     ends = context.Pipe() if len(sides) == 2 else ()
@@ -443,8 +447,9 @@ def in_processes(sides: list[Side], arguments: tuple, seconds: float) -> Iterato
         for i, side in enumerate(sides)
     ]
     try:
-        for process in processes:
-            process.start()
+        for process, visible in itertools.zip_longest(processes, gpus):
+            with environment({"CUDA_VISIBLE_DEVICES": visible} if visible else {}):
+                process.start()
         for end in (*ends, theirs):
             end.close()
         while True:
@@ -477,6 +482,18 @@ def _run_side(side: Side, ends: list[Connection], arguments: tuple) -> None:
 
 
 @contextlib.contextmanager
+def environment(changes: dict[str, str]) -> Iterator[None]:
+    """What is started within has these variables too."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
 def mps() -> Iterator[None]:
     """Processes that start within share the GPU. Raises RuntimeError where MPS cannot be started."""
     control = shutil.which("nvidia-cuda-mps-control")
@@ -489,9 +506,7 @@ def mps() -> Iterator[None]:
         pipes = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
         for path in pipes.values():
             os.mkdir(path)
-        before = {name: os.environ.get(name) for name in pipes}
-        os.environ.update(pipes)
-        try:
+        with environment(pipes):
             # Not its output: a daemon that keeps a pipe open would keep us reading.
             quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             if code := subprocess.run([control, "-d"], **quiet, timeout=30).returncode:
@@ -502,6 +517,3 @@ def mps() -> Iterator[None]:
             finally:
                 subprocess.run([control], input=b"quit -t 5\n", stdout=subprocess.DEVNULL, timeout=60)
                 time.sleep(0.5)  # its server closes its files in the folder
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -1,17 +1,19 @@
 """The expert link's kernels: dispatch and combine, between two processes and within one. Not a case of the runner: it
 has processes of its own.
 
-python -m benchmarks.kernels.link [--tokens 1,16,64] [--sweep] [--tune] [--json FILE]
+python -m benchmarks.kernels.link [--tokens 1,16,64] [--sweep] [--tune] [--two-gpus] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.kernels import KernelCase
@@ -19,6 +21,7 @@ from benchmarks.link_rig import Setup, Variant, in_processes, mps, time_in_one_p
 
 GOAL = "<= 10 us at 64 rows under MPS"
 MPS = "two, MPS"
+TWO_GPUS = "0,1", "1,0"  # CUDA_VISIBLE_DEVICES of worker and shard: each its own first, and it sees the other's
 SILENCE = 150.0  # seconds: longer than all compilation of a variant
 
 
@@ -54,13 +57,15 @@ def swept_variants(tokens: int) -> dict[str, Variant]:
     return {str(tile): Variant(tokens, tile, 2) for tile in candidates(tokens)}
 
 
-def measure(where: str, setup: Setup, named: dict[str, Variant], replays: int, rounds: int) -> list[dict]:
+def measure(
+    where: str, setup: Setup, named: dict[str, Variant], replays: int, rounds: int, gpus: Sequence[str] = ()
+) -> list[dict]:
     """Prints and returns a row a variant; a side that dies or is silent ends it with a sentence."""
     variants, found = list(named.values()), []
     arguments = (setup, variants, replays, rounds)
     sides = [time_in_one_process] if where == "one process" else [time_worker, time_shard]
     try:
-        for row, (name, variant) in zip(in_processes(sides, arguments, SILENCE), named.items(), strict=False):
+        for row, (name, variant) in zip(in_processes(sides, arguments, SILENCE, gpus), named.items(), strict=False):
             found.append({"where": where, "variant": name, "tokens": variant.tokens, "tile": variant.tile} | row)
             state = "" if row["ok"] and not row["wrong"] else f"FAILED: ok {row['ok']}, {row['wrong']} wrong layers"
             print(
@@ -90,6 +95,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="one process, or two")
     parser.add_argument("--sweep", action="store_true", help="all candidate tiles, two processes only")
     parser.add_argument("--tune", action="store_true", help="sweep and write the best to kernels/link/tiles.json")
+    parser.add_argument("--two-gpus", action="store_true", help="worker and shard on a GPU each, and nothing else")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sweep, setup, rows = options.sweep or options.tune, Setup(), []
@@ -97,9 +103,12 @@ def main() -> int:
     print("| where | rows | variant (launches: worker + shard) | us a layer | least | |\n|---|--:|---|--:|--:|---|")
     tokens = [int(n) for n in options.tokens.split(",")]
     named = {f"{name}, {n}": v for n in tokens for name, v in (swept_variants if sweep else named_variants)(n).items()}
-    if options.only != "two" and not sweep:
+    if options.two_gpus:
+        apart = dataclasses.replace(setup, near=False)
+        rows += measure("two GPUs", apart, named, options.replays, options.rounds, TWO_GPUS)
+    elif options.only != "two" and not sweep:
         rows += measure("one process", setup, named, options.replays, options.rounds)
-    if options.only != "one":
+    if options.only != "one" and not options.two_gpus:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(mps())
@@ -111,8 +120,9 @@ def main() -> int:
         keep_best(setup, rows)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
-    shared = [row["us"] for row in rows if row["tokens"] == max(tokens) and row["where"] == MPS and row["ok"]]
-    print(f"best at {max(tokens)} rows under MPS: {f'{min(shared):.2f} us' if shared else 'none'}; goal {GOAL}")
+    where = "two GPUs" if options.two_gpus else MPS
+    found = [row["us"] for row in rows if row["tokens"] == max(tokens) and row["where"] == where and row["ok"]]
+    print(f"best at {max(tokens)} rows, {where}: {f'{min(found):.2f} us' if found else 'none'}; goal {GOAL}")
     return 0 if rows and all(row["ok"] and not row["wrong"] for row in rows) else 1
 
 
