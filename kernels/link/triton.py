@@ -202,15 +202,15 @@ def _give_back(
     let_next_begin(PDL)
     at, row = tl.arange(0, BLOCK), index.to(tl.int64)
     asked, answers = tl.minimum(tl.load(count), bound), live & (tl.load(ok) != 0)
-    total = _sum_of(rows, places, row, held, hidden, at, TOPK)
-    tl.debug_barrier()  # the first row is on its way before it is known whether anyone asks for it
+    going = True
+    while going:
+        total = _sum_of(rows, places, row, held, hidden, at, TOPK)
+        tl.debug_barrier()  # the first row is on its way before it is known whether anyone asks for it
+        there = region_at(base, reply_at, tl.bfloat16) + row * hidden
+        tl.store(there + at, total.to(tl.bfloat16), mask=(at < hidden) & (row < asked) & answers)
+        row += programs
+        going = (row < asked) & answers
     if answers:
-        while row < asked:
-            there = region_at(base, reply_at, tl.bfloat16) + row * hidden
-            tl.store(there + at, total.to(tl.bfloat16), mask=at < hidden)
-            row += programs
-            if row < asked:
-                total = _sum_of(rows, places, row, held, hidden, at, TOPK)
         signal(table, flag, near, tickets, index, programs, TICKET)
 
 
