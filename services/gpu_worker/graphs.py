@@ -30,7 +30,7 @@ from services.gpu_worker.model import Cache, Model
 from services.gpu_worker.planner import UNKNOWN, Chunk, Plan, Sequence
 from services.gpu_worker.runner import Computed, StepFailed
 from services.gpu_worker.sampler import Sampled, Sampler, int64, logprobs_of
-from services.gpu_worker.scoring import Scoring, score_prompts
+from services.gpu_worker.scoring import ROWS, Scoring, score_prompts
 from services.gpu_worker.step import build_batch
 from services.gpu_worker.work import Arena, Work
 
@@ -451,8 +451,9 @@ class GpuRunner:
         layer = self._model.weights.layers[0]
         load_expansions(layer.w_uk, layer.w_uv, self._scratch)
         hidden = self._prefills[max(self._prefills)].work.x.zero_()
-        for prompts in range(min(self._max_batch, len(hidden)), 0, -1):  # the largest first: the others fit into that
-            self._model.logits(hidden[:prompts])
+        most = max(self._max_batch, ROWS)  # prompts that end in a step, or rows that are scored
+        for rows in range(min(most, len(hidden)), 0, -1):  # the largest first: the others fit into that
+            self._model.logits(hidden[:rows])
 
     def time_prefill(self, rows: int, context: int) -> float:
         """Seconds of a pass of so many rows that ends a prompt of `context` tokens, with nothing in the cache."""
