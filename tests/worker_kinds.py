@@ -28,6 +28,7 @@ def main(shape: str, layers: int, seed: int) -> None:
     from common.pages import PAGE
     from common.random_weights import RandomWeights
     from common.source import open_source
+    from kernels.sizes import holding
     from services.expert_shard.stacks import load_stacks
     from services.gpu_worker.batch import Batch, Chunk
     from services.gpu_worker.gpu_engine import compile_kernels
@@ -74,7 +75,7 @@ def main(shape: str, layers: int, seed: int) -> None:
                 continue
             none = torch.zeros(0, 0, dtype=torch.int32)
             batch = Batch(none, none, none, 0, none, none[:0], tuple(chunks), none)
-            graph = graphs[min(size for size in graphs if size >= first)]
+            graph = graphs[holding(graphs, first)]
             model.attention(batch, cache, graph.work, scratch)(0)
             launched(f"attention of {[(c.rows, c.context) for c in chunks]}")
         hidden = graphs[CHUNK].work.x

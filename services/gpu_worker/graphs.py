@@ -23,6 +23,7 @@ from common.pages import PAGE
 from common.pinned import to_device, to_host
 from kernels.mla_prefill import PrefillScratch, load_expansions
 from kernels.sample import Logprobs, SampleParams
+from kernels.sizes import holding
 from services.gpu_worker.batch import Batch, Feed
 from services.gpu_worker.batch import Chunk as PromptChunk
 from services.gpu_worker.device_link import IN_FLIGHT, DeviceLink
@@ -271,7 +272,7 @@ class GpuRunner:
 
     def bucket(self, rows: int) -> int:
         """The size of the graph that takes so many decodes."""
-        return min(size for size in self.graphs if size >= rows)
+        return holding(self.graphs, rows)
 
     # ---- a step
 
@@ -438,7 +439,7 @@ class GpuRunner:
 
     def _pass(self, batch: Batch) -> Tensor:
         """[T, hidden] of prompt rows; `batch` is the host's."""
-        size = min(size for size in self._prefills if size >= len(batch.tokens))
+        size = holding(self._prefills, len(batch.tokens))
         if self._links is not None:
             self._links.ring(size, prefill=True)
         graph = self._prefills[size]
