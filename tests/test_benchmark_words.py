@@ -13,7 +13,7 @@ from benchmarks import engine
 from benchmarks.kernels.__main__ import NOT_OPS
 
 
-@pytest.mark.parametrize("module", ["engine", "kernels", "kernels.in_step"])
+@pytest.mark.parametrize("module", ["engine", "kernels", "kernels.in_step", "kernels.link"])
 def test_without_a_gpu(module: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}"], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
