@@ -256,6 +256,14 @@ def points(text: str) -> list[tuple[int, int]]:
     return found
 
 
+def outputs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of 2 or more: the first token is the prefill's, and TPOT is the time of the others"
+        )
+    return int(text)
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="v2-lite", help="(default %(default)s)")
@@ -268,7 +276,7 @@ def command_line() -> argparse.ArgumentParser:
         "--points", type=points, default="1024x4,1024x8,1024x16,1024x32,1024x64,8192x4,8192x16",
         help="INPUTxSTREAMS: prompt tokens of each, and how many at once (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--output", type=int, default=1024, help="tokens of each stream (default %(default)s)")
+    parser.add_argument("--output", type=outputs, default=1024, help="tokens of each stream (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of each point; medians count (default %(default)s)")
     parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens a step (default %(default)s)")
     parser.add_argument("--peer", action="store_true", help="alternate with vLLM, where it can be imported")

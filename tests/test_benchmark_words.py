@@ -13,7 +13,7 @@ from benchmarks import engine
 from benchmarks.kernels.__main__ import NOT_OPS
 
 
-@pytest.mark.parametrize("module", ["engine", "kernels", "kernels.in_step"])
+@pytest.mark.parametrize("module", ["engine", "kernels", "kernels.in_step", "kernels.link"])
 def test_without_a_gpu(module: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}"], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
@@ -31,6 +31,8 @@ def test_without_a_gpu(module: str) -> None:
         (["--points", "foo"], "argument --points: 'foo' names no points: use INPUTxSTREAMS, as 1024x16"),
         (["--points", "1024x16,"], "use INPUTxSTREAMS"),
         (["--points", "1024x0"], "use INPUTxSTREAMS"),
+        (["--output", "1"], "argument --output: '1' is no number of 2 or more: the first token is the prefill's"),
+        (["--output", "many"], "argument --output: 'many' is no number of 2 or more"),
     ],
 )
 def test_what_the_engine_cannot_measure(
@@ -45,7 +47,9 @@ def test_what_the_engine_cannot_measure(
     assert ended.value.code == 2 and says in capsys.readouterr().err
 
 
-def test_points() -> None:
+def test_points_and_outputs() -> None:
+    assert engine.command_line().parse_args([]).output == 1024
+    assert engine.command_line().parse_args(["--output", "2"]).output == 2
     assert engine.command_line().parse_args(["--points", "1024x16,8192x4"]).points == [(1024, 16), (8192, 4)]
     assert engine.command_line().parse_args([]).points[0] == (1024, 4)
 

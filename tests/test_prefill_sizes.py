@@ -27,5 +27,10 @@ def test_no_size_of_prefill_launches_a_kernel_that_was_not_rehearsed(shape: str)
     assert printed("tests.prefill_sizes", shape, "2") == {}
 
 
+@pytest.mark.parametrize("shape", ["v2-lite"])  # the same by hand: `python -m tests.worker_kinds r1 4`
+def test_no_pass_of_prompts_in_a_worker_launches_a_kernel_that_was_not_compiled_ahead(shape: str) -> None:
+    assert printed("tests.worker_kinds", shape, "2") == {}
+
+
 def test_nothing_that_one_request_asks_for_launches_a_kernel_that_was_not_rehearsed() -> None:
     assert printed("tests.sampled_kinds") == {}

@@ -16,7 +16,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.kernels import KernelCase
+from benchmarks.kernels.timing import NO_GPU
 from benchmarks.link_rig import Setup, Variant, in_processes, mps, time_in_one_process, time_shard, time_worker
 
 GOAL = "<= 10 us at 64 rows under MPS"
@@ -98,6 +101,8 @@ def main() -> int:
     parser.add_argument("--two-gpus", action="store_true", help="worker and shard on a GPU each, and nothing else")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if not torch.cuda.device_count():  # asks NVML where it can: need_gpu might open the GPU before MPS is there
+        parser.error(NO_GPU)
     sweep, setup, rows = options.sweep or options.tune, Setup(), []
     print(f"{setup.layers} layers a graph, rows of {setup.hidden}: fp8 out, bf16 back; {time.strftime('%Y-%m-%d')}")
     print("| where | rows | variant (launches: worker + shard) | us a layer | least | |\n|---|--:|---|--:|--:|---|")

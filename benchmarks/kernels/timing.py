@@ -13,12 +13,13 @@ import triton.language as tl
 from benchmarks.kernels import Launch
 
 ROUND_MS = 8.0
+NO_GPU = "this measures on a GPU, and PyTorch finds none"
 
 
 def need_gpu(parser: argparse.ArgumentParser) -> None:
     """Ends the program where there is none. This may begin to use the GPU: MPS must be there before."""
     if not torch.cuda.is_available():
-        parser.error("this measures on a GPU, and PyTorch finds none")
+        parser.error(NO_GPU)
 
 
 class Timed:

@@ -10,7 +10,7 @@ from structlog.typing import FilteringBoundLogger
 
 from common.model_config import ModelConfig
 from common.pages import PAGE
-from kernels.ahead import compiling_ahead, prefill_sizes
+from kernels.ahead import compiling_ahead
 from services.gpu_worker.engine import Engine, StepOutput
 from services.gpu_worker.graphs import GpuRunner, StepLinks, blank_prefill, buckets, prefill_buckets, to_gpu
 from services.gpu_worker.model import Model, Stack
@@ -77,7 +77,8 @@ def compile_kernels(
     model: Model, sampler: Sampler, max_batch: int, max_context: int, chunk_tokens: int, *, fp8_cache: bool,
     links: StepLinks | None,
 ) -> None:  # fmt: skip
-    """Those that serving is known to need."""
+    """Those that serving is known to need. Passes of prompts have the sizes of their graphs; what has others, attention
+    and logits, launches the same kernels (tests/worker_kinds.py)."""
     runner = GpuRunner(
         model, model.new_cache(1, fp8_cache), sampler, max_batch=max_batch, max_context=max_context,
         fp8_cache=fp8_cache, links=links,
@@ -86,7 +87,7 @@ def compile_kernels(
         runner.compile()
         sampler.rehearse(model.dtype)
         rehearse_prefill(model, chunk_tokens, max_context, fp8_cache)
-        for rows in prefill_sizes(chunk_tokens):
+        for rows in prefill_buckets(chunk_tokens):
             rehearse_prefill(model, rows, rows, fp8_cache)
 
 

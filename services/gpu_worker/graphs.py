@@ -23,6 +23,7 @@ from common.pages import PAGE
 from common.pinned import to_device, to_host
 from kernels.mla_prefill import PrefillScratch, load_expansions
 from kernels.sample import Logprobs, SampleParams
+from kernels.sizes import holding
 from services.gpu_worker.batch import Batch, Feed
 from services.gpu_worker.batch import Chunk as PromptChunk
 from services.gpu_worker.device_link import IN_FLIGHT, DeviceLink
@@ -30,7 +31,7 @@ from services.gpu_worker.model import Cache, Model
 from services.gpu_worker.planner import UNKNOWN, Chunk, Plan, Sequence
 from services.gpu_worker.runner import Computed, StepFailed
 from services.gpu_worker.sampler import Sampled, Sampler, int64, logprobs_of
-from services.gpu_worker.scoring import Scoring, score_prompts
+from services.gpu_worker.scoring import ROWS, Scoring, score_prompts
 from services.gpu_worker.step import build_batch
 from services.gpu_worker.work import Arena, Work
 
@@ -271,7 +272,7 @@ class GpuRunner:
 
     def bucket(self, rows: int) -> int:
         """The size of the graph that takes so many decodes."""
-        return min(size for size in self.graphs if size >= rows)
+        return holding(self.graphs, rows)
 
     # ---- a step
 
@@ -438,7 +439,7 @@ class GpuRunner:
 
     def _pass(self, batch: Batch) -> Tensor:
         """[T, hidden] of prompt rows; `batch` is the host's."""
-        size = min(size for size in self._prefills if size >= len(batch.tokens))
+        size = holding(self._prefills, len(batch.tokens))
         if self._links is not None:
             self._links.ring(size, prefill=True)
         graph = self._prefills[size]
@@ -451,8 +452,9 @@ class GpuRunner:
         layer = self._model.weights.layers[0]
         load_expansions(layer.w_uk, layer.w_uv, self._scratch)
         hidden = self._prefills[max(self._prefills)].work.x.zero_()
-        for prompts in range(min(self._max_batch, len(hidden)), 0, -1):  # the largest first: the others fit into that
-            self._model.logits(hidden[:prompts])
+        most = max(self._max_batch, ROWS)  # prompts that end in a step, or rows that are scored
+        for rows in range(min(most, len(hidden)), 0, -1):  # the largest first: the others fit into that
+            self._model.logits(hidden[:rows])
 
     def time_prefill(self, rows: int, context: int) -> float:
         """Seconds of a pass of so many rows that ends a prompt of `context` tokens, with nothing in the cache."""

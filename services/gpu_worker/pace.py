@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kernels.sizes import holding
+
 ROUND = 128  # prompt tokens: what a step's share of a prompt is a multiple of, and its least
 WINDOW = 64  # steps with prompt tokens: what is known of costs is known from so many
 RIDGE = 0.01  # steps' worth of belief in costs of 0: what steps that are all alike leave open is shared out by it
@@ -118,7 +120,7 @@ class Pace:
             return
         tokens, pairs = sum(rows for _, rows in prompts), sum(_pairs(*prompt) for prompt in prompts)
         if self._sizes:
-            tokens = self._sizes[bisect.bisect_left(self._sizes, tokens)]
+            tokens = holding(self._sizes, tokens)
         if self._steps:
             expected = decode + self._costs.seconds(tokens, pairs)
             late, before = seconds / expected, self._outlier
