@@ -96,7 +96,7 @@ def served(machine: Machine, seed: int = 0, *, taught: bool = True) -> Served:
     pace, rng = Pace(MOST, BOUND, machine.sizes), Random(seed)
     if taught:
         decode = machine.seconds(rng, DECODES, [])
-        pace.rehearse(decode, lambda rows, end: machine.seconds(rng, 0, [(end - rows, rows)]), 16384)
+        pace.rehearse(lambda: decode, lambda rows, end: machine.seconds(rng, 0, [(end - rows, rows)]), 16384)
     run = Served(pace, rng)
     run.alone(machine)
     return run
@@ -138,9 +138,15 @@ def test_what_is_rehearsed_fits_into_the_context_and_its_first_run_counts_for_no
         ran.append((rows, context))
         return 2.0 if ran.count((rows, context)) == 1 else 0.01
 
-    pace.rehearse(0.01, prefill, 640)
+    pace.rehearse(lambda: 0.01, prefill, 640)
     assert set(ran) == {(300, 300), (300, 640)}
     assert pace.room(DECODES).take(640, 0) == 300
+
+
+def test_the_first_rehearsed_step_of_decodes_counts_for_nothing() -> None:
+    pace, decodes = Pace(MOST, BOUND), iter((2.0, 0.01))
+    pace.rehearse(lambda: next(decodes), lambda rows, context: 1e-4 * rows, MOST)
+    assert 1e-4 * pace.room(DECODES).take(8192, 0) <= BOUND - 0.01
 
 
 @seeds

@@ -66,7 +66,7 @@ def make_engine(
     log.info("graphs", decodes=sorted(runner.graphs), prefills=prefill_buckets(chunk_tokens))
     pace = Pace(chunk_tokens, itl, prefill_buckets(chunk_tokens))
     if itl and links is None:  # no shard answers yet: what theirs cost is learned from steps
-        pace.rehearse(runner.time_decodes(), runner.time_prefill, max_context)
+        pace.rehearse(runner.time_decodes, runner.time_prefill, max_context)
     planner = Planner(
         PageAllocator(pages), config.fingerprint, max_batch=max_batch, pace=pace, prefix_cache=prefix_cache
     )

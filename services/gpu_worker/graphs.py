@@ -258,17 +258,15 @@ class GpuRunner:
         torch.cuda.synchronize()
 
     def time_decodes(self) -> float:
-        """Seconds that the largest decode graph takes once it has run, with nothing in the cache."""
+        """Seconds of the largest decode graph, with nothing in the cache."""
         self._blank(self._max_batch)
-        graph, seconds = self.graphs[self._max_batch], 0.0
-        for _ in range(2):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
+        graph = self.graphs[self._max_batch]
+
+        def step() -> None:
             graph.forward.replay()
             graph.greedy.replay()
-            torch.cuda.synchronize()
-            seconds = time.perf_counter() - began
-        return seconds
+
+        return _seconds(step)
 
     def bucket(self, rows: int) -> int:
         """The size of the graph that takes so many decodes."""
@@ -458,12 +456,20 @@ class GpuRunner:
 
     def time_prefill(self, rows: int, context: int) -> float:
         """Seconds of a pass of so many rows that ends a prompt of `context` tokens, with nothing in the cache."""
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        with torch.inference_mode():
-            self._model.logits(self._pass(blank_prefill(rows, context, self._model.config.vocab))[-1:])
-        torch.cuda.synchronize()
-        return time.perf_counter() - began
+
+        def step() -> None:
+            with torch.inference_mode():
+                self._model.logits(self._pass(blank_prefill(rows, context, self._model.config.vocab))[-1:])
+
+        return _seconds(step)
+
+
+def _seconds(step: Callable[[], None]) -> float:
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def blank_prefill(rows: int, context: int, vocab: int) -> Batch:

@@ -135,13 +135,14 @@ class Pace:
         self._steps.append((tokens, pairs, max(0.0, seconds - decode)))
         self._costs = _fit(self._steps)
 
-    def rehearse(self, decode: float, prefill: Callable[[int, int], float], max_context: int) -> None:
-        """So that the first prompts go through in large steps. `decode`: seconds of a step of decodes alone; `prefill`
-        computes so many rows, the last of so long a context, and tells its seconds."""
-        self.learn(1, [], decode)
+    def rehearse(self, decode: Callable[[], float], prefill: Callable[[int, int], float], max_context: int) -> None:
+        """So that the first prompts go through in large steps. Each computes a step and tells its seconds: `decode` of
+        decodes alone, `prefill` of so many rows, the last of so long a context. They are asked twice: the first time
+        may have to load kernels."""
+        self.learn(1, [], min(decode() for _ in range(2)))
         few, longest = min(512, self._most), max(self._most, min(max_context, REACH))
         for rows, context in ((self._most, self._most), (few, few), (self._most, longest)):
-            seconds = min(prefill(rows, context) for _ in range(2))  # the first may have to load kernels
+            seconds = min(prefill(rows, context) for _ in range(2))
             self.learn(0, [(context - rows, rows)], seconds)
 
 
