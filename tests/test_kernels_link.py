@@ -378,7 +378,7 @@ def test_replays_within_one_process(variant: Variant) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("near", [True, False])
 def test_replays_between_two_processes(near: bool) -> None:
-    variants = variants_of(16)
+    variants = variants_of(16)[: None if near else 1]
     with mps():
         arguments = (dataclasses.replace(SETUP, near=near), variants, 1000)
         found = list(in_processes([check_worker, check_shard], arguments, seconds=300))
