@@ -52,7 +52,9 @@ class Settings:
         "checkpoint", "random: drawn from config.json alone, for work on speed; the text means nothing"
     )
     experts_fp8: bool = setting(False, "quantise bf16 experts to fp8 blocks at load, on a GPU")
-    max_context: int = setting(0, "longest prompt plus output; 0: the model's own limit", low=0, unit="tokens")
+    max_context: int = setting(
+        0, "longest prompt plus output; 0: the model's own limit", low=0, high=1 << 24, unit="tokens"
+    )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs; auto: on a GPU if there is one")
     host: str = setting("127.0.0.1", "address the gateway listens on")
     port: int = setting(8000, "port the gateway listens on", low=1, high=65535)
@@ -77,7 +79,7 @@ class Settings:
     )
     kv_pages: int = setting(
         0, "KV pages of 64 tokens; 0: a sixteenth of the memory, at most 4096; on a GPU what MOECULE_GPU_MEMORY leaves",
-        low=0, unit="pages",
+        low=0, high=1 << 24, unit="pages",
     )  # fmt: skip
     max_batch: int = setting(64, "requests that run at a time on a worker", low=1, high=1024, unit="requests")
     chunk_tokens: int = setting(
@@ -92,9 +94,11 @@ class Settings:
     )
     itl_ms: float = setting(
         0.0, "longest time between two tokens of a running request while prompts are computed; 0: no limit", low=0,
-        unit="ms",
+        high=60_000, unit="ms",
     )  # fmt: skip
-    queue_limit: int = setting(256, "requests a worker holds beside the running ones", low=0, unit="requests")
+    queue_limit: int = setting(
+        256, "requests a worker holds beside the running ones", low=0, high=1 << 20, unit="requests"
+    )
     prefix_cache: bool = setting(True, "reuse the KV pages of equal prefixes")
     pin: bool = setting(False, "bind each worker and shard to processor cores of its own")
     threads: int = setting(1, "intra-op threads of a worker or shard on CPU", low=1, high=256, unit="threads")
@@ -102,14 +106,16 @@ class Settings:
     cors_origins: str = setting(
         "", "web origins whose pages may call the gateway; *: all", pattern=ORIGINS_PATTERN, says=ORIGINS_WORDS
     )
-    body_limit: int = setting(4 << 20, "largest HTTP body", low=1024, unit="bytes")
+    body_limit: int = setting(4 << 20, "largest HTTP body", low=1024, high=1 << 30, unit="bytes")
     receive_seconds: float = setting(
-        60.0, "how long a request's headers may take to arrive, and then its body", low=0.1, unit="s"
+        60.0, "how long a request's headers may take to arrive, and then its body", low=0.1, high=86_400, unit="s"
     )
     send_seconds: float = setting(
-        30.0, "how long a client may take nothing of its answer before it is cut off", low=0.1, unit="s"
+        30.0, "how long a client may take nothing of its answer before it is cut off", low=0.1, high=86_400, unit="s"
     )
-    drain_seconds: float = setting(4.0, "how long a leaving actor finishes what is in flight", low=0, unit="s")
+    drain_seconds: float = setting(
+        4.0, "how long a leaving actor finishes what is in flight", low=0, high=86_400, unit="s"
+    )
     traces: str = setting(
         "", "OTLP/HTTP endpoint that gets the traces; empty: none are made", pattern=URL_PATTERN, says=URL_WORDS
     )
@@ -163,7 +169,7 @@ def parse(name: str, text: str, called: str) -> Any:
         shown = _without_any_login(text) if name in URLS else text
         raise ConfigError(f"{called} is {shown!r}: use {form(name)}")
     low, high = meta["low"], meta["high"]
-    if not ((low is None or value >= low) and (high is None or value <= high)):
+    if low is not None and not low <= value <= high:
         raise ConfigError(f"{called} is {text}: use {bounds(name)}")
     return value
 
@@ -182,7 +188,7 @@ def bounds(name: str) -> str:
     low, high, unit = (FIELDS[name].metadata[key] for key in ("low", "high", "unit"))
     if low is None:
         return ""
-    return (f"at least {low}" if high is None else f"from {low} to {high}") + (f" {unit}" if unit else "")
+    return f"from {low} to {high}" + (f" {unit}" if unit else "")
 
 
 def _value(kind: Any, text: str) -> Any:

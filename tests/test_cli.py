@@ -99,7 +99,7 @@ def test_a_switch_needs_no_value():
         (["port=1"], "'port' is no option: give settings as --name value"),
         (["--port", "http"], "--port is 'http': use a whole number"),
         (["--port", "0"], "--port is 0: use from 1 to 65535"),
-        (["--drain-seconds", "-1"], "--drain-seconds is -1: use at least 0 s"),
+        (["--drain-seconds", "-1"], "--drain-seconds is -1: use from 0 to 86400 s"),
         (["--pin", "perhaps"], "--pin is 'perhaps': use 1 or 0"),
         (["--link", "wire"], "--link is 'wire': use one of auto, mailbox, bus"),
         (["--id", "a.b"], "--id is 'a.b': use 1 to 64 letters, digits, - and _"),

@@ -25,6 +25,7 @@ from kernels.mla_prefill import triton as prefill
 from kernels.quant import Fp8Blocks, dequantise, quantise_blocks
 from services.expert_shard.experts import ExpertStore
 from services.expert_shard.stacks import ExpertStack, load_stack
+from services.gpu_worker.actor import check_pages, default_pages
 from services.gpu_worker.weights import Layer, Layout, Weights, load_weights
 from tests.tiny_models import MODELS, make_model, write_checkpoint
 
@@ -468,3 +469,12 @@ def test_eight_bits_without_scales_are_refused(tmp_path: Path) -> None:
     for out in (torch.empty(130, 3), empty((130, 3), torch.float32, "cpu", fp8=True)):
         with pytest.raises(ConfigError, match=r"w_scale_inv has shape \[1, 1\], expected \[2, 1\]"):
             Checkpoint(tmp_path).fill([Read("w", out)])
+
+
+def test_a_kv_cache_larger_than_the_machine_is_told() -> None:
+    config = ModelConfig.load(Path("models/tiny"))
+    check_pages(config, default_pages(config))
+    with pytest.raises(
+        ConfigError, match=r"MOECULE_KV_PAGES is 16777216: .* takes \d+\.\d GB, .* which holds \d+ pages"
+    ):
+        check_pages(config, 1 << 24)

@@ -19,6 +19,14 @@ def test_without_a_variable_they_are_the_defaults():
     assert Settings.from_env({"MOECULE_PORT": "  "}) == Settings(), "an empty variable counts as none"
 
 
+def test_every_number_has_bounds():
+    """What has none ends in a message that cannot be sent, or memory that is not there, and a restart without end."""
+    numbers = [field for field in dataclasses.fields(Settings) if type(field.default) in (int, float)]
+    assert len(numbers) > 10
+    for field in numbers:
+        assert field.metadata["low"] <= field.default <= field.metadata["high"], field.name
+
+
 def test_each_kind_is_read():
     env = {"PORT": "9000", "DRAIN_SECONDS": "1.5", "PREFIX_CACHE": "off", "LINK": "BUS", "MODEL": " models/tiny "}
     read = Settings.from_env({PREFIX + name: value for name, value in env.items()})
@@ -32,8 +40,14 @@ def test_each_kind_is_read():
         ("PORT", "0", "MOECULE_PORT is 0: use from 1 to 65535"),
         ("PORT", "80.5", "MOECULE_PORT is '80.5': use a whole number"),
         ("DRAIN_SECONDS", "soon", "MOECULE_DRAIN_SECONDS is 'soon': use a number"),
-        ("DRAIN_SECONDS", "-1", "MOECULE_DRAIN_SECONDS is -1: use at least 0 s"),
-        ("DRAIN_SECONDS", "nan", "MOECULE_DRAIN_SECONDS is nan: use at least 0 s"),
+        ("DRAIN_SECONDS", "-1", "MOECULE_DRAIN_SECONDS is -1: use from 0 to 86400 s"),
+        ("DRAIN_SECONDS", "nan", "MOECULE_DRAIN_SECONDS is nan: use from 0 to 86400 s"),
+        ("DRAIN_SECONDS", "inf", "MOECULE_DRAIN_SECONDS is inf: use from 0 to 86400 s"),
+        (
+            "QUEUE_LIMIT",
+            "99999999999999999999",
+            "MOECULE_QUEUE_LIMIT is 99999999999999999999: use from 0 to 1048576 requests",
+        ),
         ("PREFIX_CACHE", "perhaps", "MOECULE_PREFIX_CACHE is 'perhaps': use 1 or 0"),
         ("DEVICE", "tpu", "MOECULE_DEVICE is 'tpu': use one of auto, cpu, cuda"),
         ("ID", "a.b", "MOECULE_ID is 'a.b': use 1 to 64 letters, digits, - and _"),

@@ -12,6 +12,7 @@ from common.bus import Subscription
 from common.cores import pin_actor
 from common.errors import (
     BusUnavailable,
+    ConfigError,
     DeadlineExceeded,
     Draining,
     ExpertsUnavailable,
@@ -204,18 +205,20 @@ class Worker(Actor):
 
         settings = self.settings
         torch.set_num_threads(settings.threads)
+        pages = settings.kv_pages or default_pages(self.config)
+        check_pages(self.config, pages)
         source = open_source(settings.model, self.config, settings.weights)
         assert isinstance(self.links, ExpertLinks)
         model = Model(self.config, load_weights(self.config, source, progress=self._told("weights")), self.links)
         planner = Planner(
-            PageAllocator(settings.kv_pages or default_pages(self.config)),
+            PageAllocator(pages),
             self.config.fingerprint,
             max_batch=settings.max_batch,
             pace=Pace(settings.chunk_tokens, settings.itl_ms / 1e3),
             prefix_cache=settings.prefix_cache,
         )
         sampler = Sampler(self.config, max_batch=settings.max_batch, threads=settings.threads)
-        runner = CpuRunner(model, model.new_cache(planner.allocator.total), sampler, self.log)
+        runner = CpuRunner(model, model.new_cache(pages), sampler, self.log)
         return Engine(self.config, runner, planner, sampler, self._from_engine, self.log)
 
     def _told(self, what: str) -> Progress:
@@ -401,6 +404,25 @@ def _messages(chunks: list[TokenChunk]) -> Iterator[tuple[TokenChunk, ...]]:
 
 def default_pages(config: ModelConfig) -> int:
     """A sixteenth of the machine's memory, at most 4096 pages."""
-    page_bytes = config.layers * PAGE * (config.kv_lora + config.rope) * 4
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return max(16, min(4096, memory // 16 // page_bytes))
+    return max(16, min(4096, machine_memory() // 16 // page_bytes(config)))
+
+
+def check_pages(config: ModelConfig, pages: int) -> None:
+    """Raises ConfigError if the KV cache alone is larger than the machine's memory, which is handed out only as it is
+    written: the kernel would end somebody later."""
+    size, memory = pages * page_bytes(config), machine_memory()
+    if size > memory:
+        raise ConfigError(
+            f"MOECULE_KV_PAGES is {pages}: such a KV cache takes {size / 1e9:.1f} GB, and this machine has "
+            f"{memory / 1e9:.1f} GB of memory, which holds {memory // page_bytes(config)} pages at most"
+        )
+
+
+def page_bytes(config: ModelConfig) -> int:
+    """Of a page of the CPU's KV cache, over all layers."""
+    return config.layers * PAGE * config.latent * 4
+
+
+def machine_memory() -> int:
+    """Bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
