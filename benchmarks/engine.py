@@ -5,6 +5,8 @@ python -m benchmarks.engine --shape r1 --layers 11 --output 192
 python -m benchmarks.engine --points 1024x16,1024x64 --link mailbox --shards 2 [--workers 2]
 
 TPOT = (time of a run - time of the same run with one output token) / (output - 1), the whole batch submitted at once.
+A stream's TPOT is the median of what its client would measure, from its own first token to its last, with the prompts
+of others in between: what benchmarks.serve is to be compared with.
 The floor counts the bytes that a step must read: all weights but the routed experts' that no token chose (counted in
 the last layer, in every step), and the cache at the starting context.
 
@@ -18,6 +20,7 @@ import argparse
 import contextlib
 import gc
 import importlib.util
+import itertools
 import json
 import random
 import statistics
@@ -26,7 +29,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,8 @@ import triton
 from benchmarks.kernels.timing import ceilings, need_gpu
 from benchmarks.link_rig import mps
 from benchmarks.shapes import SHAPES, write_config
-from common.messages import Generate, Sampling
+from benchmarks.timing import tpot
+from common.messages import Generate, Sampling, TokenChunk
 from common.model_config import ModelConfig
 from common.source import open_source
 from kernels.quant import Fp8Blocks
@@ -60,8 +64,28 @@ class Run:
 
     left: set[str]
     tokens: int = 0
+    first: dict[str, float] = field(default_factory=dict)  # when each request's first token came
+    last: dict[str, float] = field(default_factory=dict)
     done: threading.Event = field(default_factory=threading.Event)
-    ended: float = 0.0
+
+    @property
+    def ended(self) -> float:
+        return max(self.last.values())
+
+    def hear(self, chunks: Iterable[TokenChunk], now: float) -> None:
+        for chunk in chunks:
+            self.tokens += len(chunk.tokens)
+            self.first.setdefault(chunk.request_id, now)
+            self.last[chunk.request_id] = now
+            if chunk.finish:
+                self.left.discard(chunk.request_id)
+        if not self.left:
+            self.done.set()
+
+    def stream_tpot(self) -> float:
+        """Milliseconds, the median of the streams, which all have as many tokens; NaN with one token."""
+        tokens = self.tokens // len(self.first)
+        return 1e3 * statistics.median(tpot((self.first[r], self.last[r]), tokens) for r in self.first)
 
 
 MOST_STEPS = 4096  # whose routing is kept
@@ -108,7 +132,7 @@ class Bench:
 
     def __init__(self, config: ModelConfig, weights: Weights, stacks: dict[int, ExpertStack], **settings: Any) -> None:
         self.config, self.weights, self.stacks = config, weights, stacks
-        self._run = Run(set())
+        self.run = Run(set())  # the last one
         self.steps: list[float] = []  # when each step of the last run was told
         self.engine: Engine = make_engine(config, weights, stacks, self._emit, prefix_cache=False, **settings)
         assert isinstance(self.engine.runner, GpuRunner)
@@ -117,17 +141,10 @@ class Bench:
         self.engine.start()
 
     def _emit(self, output: StepOutput) -> None:
-        run = self._run
         if output.chunks:
-            self.steps.append(time.perf_counter())
-        for chunks in output.chunks.values():
-            for chunk in chunks:
-                run.tokens += len(chunk.tokens)
-                if chunk.finish:
-                    run.left.discard(chunk.request_id)
-        if not run.left and not run.done.is_set():
-            run.ended = time.perf_counter()
-            run.done.set()
+            now = time.perf_counter()
+            self.steps.append(now)
+            self.run.hear(itertools.chain(*output.chunks.values()), now)
 
     def seconds(self, inputs: int, concurrency: int, outputs: int, temperature: float) -> float:
         """From the first request's submission to the last one's end."""
@@ -143,7 +160,7 @@ class Bench:
         ]
         self.watch.reset()
         self.steps.clear()
-        run = self._run = Run({r.request_id for r in requests})
+        run = self.run = Run({r.request_id for r in requests})
         started = time.perf_counter()
         for request in requests:
             self.engine.submit(request)
@@ -355,7 +372,7 @@ def run(arguments: argparse.Namespace) -> None:
 def measure(bench: Bench, peer: Peer | None, inputs: int, concurrency: int, arguments: argparse.Namespace) -> dict:
     """Rounds of ours and the peer's in turn."""
     sides: dict[str, Bench | Peer] = {"ours": bench} | ({"vllm": peer} if peer is not None else {})
-    row: dict = {"input": inputs, "concurrency": concurrency, "busy": [], "touched": 0.0}
+    row: dict = {"input": inputs, "concurrency": concurrency, "busy": [], "stream": [], "touched": 0.0}
     for name, side in sides.items():
         side.seconds(inputs, concurrency, 8, arguments.temperature)  # warm
         row[name] = {"prefill": [], "tpot": []}
@@ -368,8 +385,9 @@ def measure(bench: Bench, peer: Peer | None, inputs: int, concurrency: int, argu
             if side is bench:
                 row["busy"].append(bench.watch.busy / total)
                 row["touched"] = bench.watch.touched(concurrency)
-            tpot = row[name]["tpot"][-1]
-            progress(f"{inputs} x {concurrency}, {name}: {tpot:.3f} ms, prefill {prefill:.3f} s")
+                row["stream"].append(bench.run.stream_tpot())
+            latest = row[name]["tpot"][-1]
+            progress(f"{inputs} x {concurrency}, {name}: {latest:.3f} ms, prefill {prefill:.3f} s")
     return row
 
 
@@ -380,23 +398,24 @@ def head(config: ModelConfig, arguments: argparse.Namespace, read: float, stacks
         f"{time.strftime('%Y-%m-%d')}; read ceiling here {read:.2f} TB/s\n"
         f"{arguments.shape}, {config.layers} layers, {'fp8' if fp8 else 'bf16'}, random weights, "
         f"{arguments.output} output tokens, temperature {arguments.temperature:g}; medians of {arguments.rounds}\n\n"
-        "| input x streams | TPOT ms | least | GPU idle | floor ms | TPOT / floor | touched | prefill s | tok/s | "
-        "vLLM TPOT ms (ours is faster by) | vLLM prefill s |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
+        "| input x streams | TPOT ms | least | a stream's | GPU idle | floor ms | TPOT / floor | touched | prefill s | "
+        "tok/s | vLLM TPOT ms (ours is faster by) | vLLM prefill s |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
 
 
 def line(bench: Bench, row: dict, read: float) -> str:
     inputs, concurrency = row["input"], row["concurrency"]
-    tpot, prefill = statistics.median(row["ours"]["tpot"]), statistics.median(row["ours"]["prefill"])
+    ours, prefill = statistics.median(row["ours"]["tpot"]), statistics.median(row["ours"]["prefill"])
     floor = bench.floor_bytes(concurrency, inputs, row["touched"]) / read / 1e9
     cells = [
-        f"{inputs} x {concurrency}", f"{tpot:.2f}", f"{min(row['ours']['tpot']):.2f}",
-        f"{1 - statistics.median(row['busy']):.3f}", f"{floor:.2f}", f"{tpot / floor:.2f}", f"{row['touched']:.1f}",
+        f"{inputs} x {concurrency}", f"{ours:.2f}", f"{min(row['ours']['tpot']):.2f}",
+        f"{statistics.median(row['stream']):.2f}", f"{1 - statistics.median(row['busy']):.3f}", f"{floor:.2f}",
+        f"{ours / floor:.2f}", f"{row['touched']:.1f}",
         f"{prefill:.3f}", f"{inputs * concurrency / prefill:.0f}",
     ]  # fmt: skip
     if "vllm" in row:
         theirs = statistics.median(row["vllm"]["tpot"]), statistics.median(row["vllm"]["prefill"])
-        cells += [f"{theirs[0]:.2f} ({theirs[0] / tpot:.2f}x)", f"{theirs[1]:.3f} ({theirs[1] / prefill:.2f}x)"]
+        cells += [f"{theirs[0]:.2f} ({theirs[0] / ours:.2f}x)", f"{theirs[1]:.3f} ({theirs[1] / prefill:.2f}x)"]
     else:
         cells += ["", ""]
     return f"| {' | '.join(cells)} |"

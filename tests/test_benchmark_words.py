@@ -1,4 +1,4 @@
-"""What benchmarks of the GPU say where they cannot run: one sentence each, and no traceback."""
+"""What benchmarks of the GPU say where they cannot run: one sentence each, and no traceback; and a stream's TPOT."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import engine
 from benchmarks.kernels.__main__ import NOT_OPS
+from common.messages import TokenChunk
 
 
 @pytest.mark.parametrize("module", ["engine", "kernels", "kernels.in_step", "kernels.link"])
@@ -59,3 +60,13 @@ def test_every_kernel_that_can_be_measured_has_cases() -> None:
     ops = {path.stem for path in folder.glob("*.py")} - NOT_OPS
     assert {"linear", "mla_decode"} <= ops
     assert not [op for op in sorted(ops) if "\ndef cases(" not in (folder / f"{op}.py").read_text()]
+
+
+def test_a_streams_tpot_has_the_prompts_of_others_in_it() -> None:
+    run = engine.Run({"a", "b"})
+    run.hear([TokenChunk("a", 0, (1,))], 1.0)
+    run.hear([TokenChunk("a", 1, (1,)), TokenChunk("b", 0, (1,))], 3.0)
+    assert not run.done.is_set()
+    run.hear([TokenChunk("a", 2, (1,), "length"), TokenChunk("b", 1, (1, 2), "length")], 3.5)
+    assert run.done.is_set() and run.tokens == 6 and run.ended == 3.5
+    assert run.stream_tpot() == pytest.approx((1250 + 250) / 2)
