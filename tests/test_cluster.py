@@ -183,8 +183,12 @@ def test_a_client_that_leaves_is_an_abort(running: Cluster, client: openai.OpenA
         {"model": "tiny", "prompt": "Once", "max_tokens": 3000, "ignore_eos": True},
     )
     with httpx.stream("POST", url, json=body | {"stream": True}) as answer:
-        next(answer.iter_lines())
-        assert metric(running, "moecule_num_requests_running") == 1
+        lines = answer.iter_lines()
+        first = next(lines)
+        try:
+            wait_until(lambda: metric(running, "moecule_num_requests_running") == 1, 1, "the request does not run")
+        except AssertionError:  # seen under load, not yet why: what the stream and the actors say is to tell
+            pytest.fail(f"its first line {first}, its last {list(lines)[-3:]}\n{running.output()[-3000:]}")
     wait_until(lambda: metric(running, "moecule_num_requests_running") == 0, 1, "the request still runs")
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(url, json=body, timeout=0.5)
