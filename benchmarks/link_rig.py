@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -448,7 +449,7 @@ def in_processes(
     ]
     try:
         for process, visible in itertools.zip_longest(processes, gpus):
-            with environment({"CUDA_VISIBLE_DEVICES": visible} if visible else {}):
+            with patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": visible} if visible else {}):
                 process.start()
         for end in (*ends, theirs):
             end.close()
@@ -482,18 +483,6 @@ def _run_side(side: Side, ends: list[Connection], arguments: tuple) -> None:
 
 
 @contextlib.contextmanager
-def environment(changes: dict[str, str]) -> Iterator[None]:
-    """What is started within has these variables too."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextlib.contextmanager
 def mps() -> Iterator[None]:
     """Processes that start within share the GPU. Raises RuntimeError where MPS cannot be started."""
     control = shutil.which("nvidia-cuda-mps-control")
@@ -506,7 +495,7 @@ def mps() -> Iterator[None]:
         pipes = {"CUDA_MPS_PIPE_DIRECTORY": f"{folder}/pipe", "CUDA_MPS_LOG_DIRECTORY": f"{folder}/log"}
         for path in pipes.values():
             os.mkdir(path)
-        with environment(pipes):
+        with patch.dict(os.environ, pipes):
             # Not its output: a daemon that keeps a pipe open would keep us reading.
             quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             if code := subprocess.run([control, "-d"], **quiet, timeout=30).returncode:

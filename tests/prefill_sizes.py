@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -26,6 +26,9 @@ from torch.overrides import TorchFunctionMode
 from triton.runtime.jit import compute_cache_key
 
 from tests.compiling import pretend
+
+if TYPE_CHECKING:
+    from services.gpu_worker.model import Model
 
 LONGEST = 8192
 
@@ -57,27 +60,33 @@ def watch_launches() -> set[tuple[str, str]]:
     return known
 
 
-def main(shape: str, layers: int, seed: int) -> None:
-    known = watch_launches()
+def blank_model(shape: str, layers: int) -> Model:
+    """Of one process, with whatever its memory holds as weights. Within OnCpu, after `watch_launches`."""
     from benchmarks.shapes import write_config
     from common.model_config import ModelConfig
     from common.random_weights import RandomWeights
     from common.source import open_source
-    from kernels.ahead import prefill_sizes
     from services.expert_shard.stacks import load_stacks
-    from services.gpu_worker.gpu_engine import rehearse_prefill
-    from services.gpu_worker.graphs import prefill_buckets
     from services.gpu_worker.model import Model
     from services.gpu_worker.weights import load_weights
 
     RandomWeights.fill = lambda *_, **__: None
+    folder = write_config(shape, layers, Path(tempfile.mkdtemp()))
+    config = ModelConfig.load(folder, weights="random")
+    source = open_source(folder, config, "random")
+    weights = load_weights(config, source, "cuda", shared=False)
+    stacks = load_stacks(config, source, range(config.experts), "cuda", shared=True, fp8=config.fp8)
+    return Model(config, weights, stacks=stacks)
+
+
+def main(shape: str, layers: int, seed: int) -> None:
+    known = watch_launches()
+    from kernels.ahead import prefill_sizes
+    from services.gpu_worker.gpu_engine import rehearse_prefill
+    from services.gpu_worker.graphs import prefill_buckets
+
     with OnCpu():
-        folder = write_config(shape, layers, Path(tempfile.mkdtemp()))
-        config = ModelConfig.load(folder, weights="random")
-        source = open_source(folder, config, "random")
-        weights = load_weights(config, source, "cuda", shared=False)
-        stacks = load_stacks(config, source, range(config.experts), "cuda", shared=True, fp8=config.fp8)
-        model = Model(config, weights, stacks=stacks)
+        model = blank_model(shape, layers)
         rehearse_prefill(model, LONGEST, 2 * LONGEST, False)
         for rows in prefill_sizes(LONGEST):
             rehearse_prefill(model, rows, rows, False)

@@ -11,10 +11,8 @@ from __future__ import annotations
 import json
 import random
 import sys
-import tempfile
-from pathlib import Path
 
-from tests.prefill_sizes import OnCpu, watch_launches
+from tests.prefill_sizes import OnCpu, blank_model, watch_launches
 
 BATCH, CHUNK, CONTEXT = 64, 4096, 16384
 
@@ -23,23 +21,15 @@ def main(shape: str, layers: int, seed: int) -> None:
     known = watch_launches()
     import torch
 
-    from benchmarks.shapes import write_config
-    from common.model_config import ModelConfig
     from common.pages import PAGE
-    from common.random_weights import RandomWeights
-    from common.source import open_source
     from kernels.sizes import holding
-    from services.expert_shard.stacks import load_stacks
     from services.gpu_worker.batch import Batch, Chunk
     from services.gpu_worker.gpu_engine import compile_kernels
     from services.gpu_worker.graphs import PrefillGraph, prefill_buckets
-    from services.gpu_worker.model import Model
     from services.gpu_worker.sampler import Sampler
     from services.gpu_worker.scoring import ROWS
-    from services.gpu_worker.weights import load_weights
     from services.gpu_worker.work import Arena
 
-    RandomWeights.fill = lambda *_, **__: None
     found: dict[str, list[str]] = {}
 
     def launched(what: str) -> None:
@@ -48,13 +38,8 @@ def main(shape: str, layers: int, seed: int) -> None:
         ahead.update(known)
 
     with OnCpu(), torch.inference_mode():
-        folder = write_config(shape, layers, Path(tempfile.mkdtemp()))
-        config = ModelConfig.load(folder, weights="random")
-        source = open_source(folder, config, "random")
-        weights = load_weights(config, source, "cuda", shared=False)
-        stacks = load_stacks(config, source, range(config.experts), "cuda", shared=True, fp8=config.fp8)
-        model = Model(config, weights, stacks=stacks)
-        sampler = Sampler(config, max_batch=BATCH, threads=1, device="cuda")
+        model = blank_model(shape, layers)
+        sampler = Sampler(model.config, max_batch=BATCH, threads=1, device="cuda")
         compile_kernels(model.abridged(), sampler, BATCH, CONTEXT, CHUNK, fp8_cache=False, links=None)
         ahead, draw = set(known), random.Random(seed)
         cache, arena, graphs = model.new_cache(CONTEXT // PAGE), Arena(), {}
