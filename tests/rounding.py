@@ -31,7 +31,7 @@ def rounded(*, cache: bool = False, rows: bool = False) -> Iterator[None]:
     norm, product, write = model.combine_norm, model.linear, qkv._write
     enter = to_fp8 if rows else to_bf16
 
-    def rounded_norm(h: Tensor, parts: Any, weight: Tensor, eps: float, out: Tensor) -> None:
+    def rounded_norm(h: Tensor, parts: Any, weight: Tensor, eps: float, out: Tensor, coded: None = None) -> None:
         h.copy_(to_bf16(h))
         norm(h, parts, weight, eps, out)
         out.copy_(enter(out))

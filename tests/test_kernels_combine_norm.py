@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.combine_norm import naive, triton
 from kernels.combine_norm.naive import SlotRows
 from kernels.quant.naive import Fp8Rows, dequantise
+from kernels.quant.triton import quantise_rows
 from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, same_from_graph
 
 Parts = tuple[Tensor | SlotRows, ...]
@@ -31,20 +32,27 @@ def inputs(tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype) 
     return rows(tokens), tuple(parts), torch.rand(hidden, device=DEVICE).to(dtype)
 
 
-def check(tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, quantised: bool) -> None:
+def check(
+    tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, quantised: bool, both: bool = False
+) -> None:
     residual, parts, weight = inputs(tokens, hidden, dense, topk, dtype)
     out = Fp8Rows.empty(tokens, hidden, DEVICE) if quantised else torch.empty_like(residual)
-    poison(out)
+    coded = Fp8Rows.empty(tokens, hidden, DEVICE) if both and not quantised else None
+    poison(out, *(() if coded is None else (coded,)))
     # Of a few values the rounding to fp8 alone may come to 3 %: the naive version rounds, too.
     want = Fp8Rows.empty(tokens, hidden, DEVICE) if quantised else torch.empty(tokens, hidden, device=DEVICE)
     want_residual = residual.float().clone()
     naive.combine_norm(want_residual, wide(parts), weight.float(), 1e-3, want)
-    triton.combine_norm(residual, parts, weight, 1e-3, out)
+    triton.combine_norm(residual, parts, weight, 1e-3, out, coded)
     assert error_ratio(residual, want_residual) < TOLERANCE[dtype]
     if isinstance(out, Fp8Rows):
         assert error_ratio(dequantise(out), dequantise(want)) < TOLERANCE[torch.float8_e4m3fn]
     else:
         assert error_ratio(out, want) < TOLERANCE[dtype]
+    if coded is not None and isinstance(out, Tensor):
+        alone = Fp8Rows.empty(tokens, hidden, DEVICE)
+        quantise_rows(out, alone)
+        assert coded.data.view(torch.uint8).equal(alone.data.view(torch.uint8)) and coded.scale.equal(alone.scale)
 
 
 @either_device
@@ -56,20 +64,25 @@ def check(tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, q
     topk=st.integers(0, 4),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     quantised=st.booleans(),
+    both=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
 def test_equals_naive(
-    tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, quantised: bool, seed: int
+    tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, quantised: bool, both: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    check(tokens, hidden, dense, topk, dtype, quantised)
+    check(tokens, hidden, dense, topk, dtype, quantised, both)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("hidden", "topk", "quantised"), [(7168, 8, True), (2048, 6, False)], ids=["R1", "V2-Lite"])
+@pytest.mark.parametrize(
+    ("hidden", "topk", "quantised", "both"),
+    [(7168, 8, True, False), (7168, 0, False, True), (2048, 6, False, False)],
+    ids=["R1", "R1, before the experts", "V2-Lite"],
+)
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
-def test_equals_naive_at_full_size(tokens: int, hidden: int, topk: int, quantised: bool) -> None:
-    check(tokens, hidden, 1, topk, torch.bfloat16, quantised)
+def test_equals_naive_at_full_size(tokens: int, hidden: int, topk: int, quantised: bool, both: bool) -> None:
+    check(tokens, hidden, 1, topk, torch.bfloat16, quantised, both)
 
 
 @pytest.mark.gpu

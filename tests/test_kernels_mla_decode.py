@@ -12,11 +12,13 @@ from common.pages import PAGE
 from kernels.latent_cache import Fp8Latent, page_bytes
 from kernels.mla_decode import naive, triton
 from kernels.mla_decode.plan import DecodePlan
-from kernels.quant.naive import Fp8Rows, quantise_rows
+from kernels.quant.naive import GROUP, Fp8Rows, quantise_rows
+from kernels.quant.triton import quantise_rows as quantise_on_device
 from kernels.target import current
 from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, same_from_graph
 
 GPU = DEVICE == "cuda"
+STREAMED = {"bm": 32, "bn": GROUP, "warps": 8, "bk": 64, "stages": 4}
 TYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 """The interpreter's bfloat16 products are no measure; float32 pages do not fit a processor."""
 
@@ -115,6 +117,40 @@ def test_decode_equals_naive(n: int, heads: int, nope: int, seed: int) -> None:
     assert error_ratio(out.cpu(), want) < TOLERANCE[dtype]
 
 
+def check_coded(tokens: int, heads: int, latent: int, dtype: torch.dtype, tile: dict[str, int] | None = None) -> None:
+    """A projection in 8 bits has the bits of one that is coded after."""
+    x = torch.randn(tokens, heads, latent, device=DEVICE).to(dtype)
+    w = torch.randn(heads, GROUP, latent, device=DEVICE).to(dtype).mT * latent**-0.5
+    out, want = (Fp8Rows.empty(tokens, heads * GROUP, DEVICE, current().fp8) for _ in range(2))
+    wide = torch.empty(tokens, heads, GROUP, dtype=dtype, device=DEVICE)
+    poison(out, wide)
+    triton.project(x, w, out, tile)
+    # The same tile: another sums in another order.
+    triton.project(x, w, wide, tile or triton.projection_rule(tokens, heads, latent, GROUP, coded=True))
+    quantise_on_device(wide.flatten(1), want)
+    assert out.data.view(torch.uint8).equal(want.data.view(torch.uint8)) and out.scale.equal(want.scale)
+
+
+@either_device
+@settings(deadline=None, max_examples=8)
+@given(
+    tokens=st.integers(0, 40), heads=st.sampled_from([1, 4, 7]), latent=st.sampled_from([128, 256]),
+    dtype=st.sampled_from(TYPES), streamed=st.booleans(), seed=st.integers(0, 1 << 30),
+)  # fmt: skip
+def test_a_projection_in_8_bits(
+    tokens: int, heads: int, latent: int, dtype: torch.dtype, streamed: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    check_coded(tokens, heads, latent, dtype, STREAMED if streamed else None)
+
+
+@either_device
+def test_a_projection_in_8_bits_is_of_whole_groups() -> None:
+    x, w = torch.zeros(2, 3, 128, device=DEVICE), torch.zeros(3, 128, 64, device=DEVICE)
+    with pytest.raises(ValueError, match="a scale of its own"):
+        triton.project(x, w, Fp8Rows.empty(2, 3 * 64, DEVICE, current().fp8))
+
+
 # ---- the schedule
 
 
@@ -178,6 +214,14 @@ def test_attention_equals_naive_at_full_size(n: int, context: int, heads: int, f
     torch.manual_seed(n)
     contexts = torch.randint(context // 2, context + 1, (n,)).tolist()
     check(contexts, 1, heads, 512, 64, torch.bfloat16, fp8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 16, 33, 64, 256])
+@pytest.mark.parametrize("tile", [None, STREAMED], ids=["rule", "streamed"])
+def test_a_projection_in_8_bits_at_full_size(tokens: int, tile: dict[str, int] | None) -> None:
+    torch.manual_seed(tokens)
+    check_coded(tokens, 128, 512, torch.bfloat16, tile)
 
 
 @pytest.mark.gpu

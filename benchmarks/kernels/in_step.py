@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from common.pages import PAGE
 from kernels import target
 from kernels.ahead import compiling_ahead
 from kernels.linear.candidates import candidates
-from kernels.mla_decode.triton import projection_candidates
+from kernels.mla_decode.triton import TO_FP8, projection_candidates
 from services.gpu_worker.graphs import GpuRunner
 
 INPUT = 1024  # tokens of context
@@ -72,8 +73,8 @@ def tiles_of(shape: Shape, rows: int) -> list[dict]:
         n, k = map(int, size.split("x"))
         return [tile for tile in candidates(rows, n, k, getattr(torch, dtype)) if "BN" not in tile]  # no streaming
     if name.startswith("per head"):
-        _, k, _ = map(int, name.split()[-1].split("x"))
-        return projection_candidates(rows, k)
+        size, coded = name.removesuffix(TO_FP8).split()[-1], name.endswith(TO_FP8)
+        return projection_candidates(rows, int(size.split("x")[1]), coded)
     return []
 
 
@@ -110,21 +111,22 @@ def microseconds(runner: GpuRunner, rows: int) -> float:
     return best
 
 
-def compile_all(tables: Tables, runner: GpuRunner, rows: int) -> None:
+def compile_all(tables: Tables, shapes: list[Shape], runner: GpuRunner, rows: int) -> None:
     with compiling_ahead(ignore_errors=True), torch.inference_mode():
-        for shape in sorted(tables.asked):
+        for shape in shapes:
             for tile in tiles_of(shape, rows):
                 with tables.with_tile(shape, tile), contextlib.suppress(Exception):
                     runner._prepare(rows).forward()
 
 
-def tune(tables: Tables, runner: GpuRunner, rows: int) -> dict[Shape, dict]:
-    """What gains in steps of so many rows."""
+def tune(tables: Tables, only: str, runner: GpuRunner, rows: int) -> dict[Shape, dict]:
+    """What gains in steps of so many rows, among the shapes whose names `only` finds."""
     now = microseconds(runner, rows)
     progress(f"{rows} rows: {now:.1f} us a step")
-    compile_all(tables, runner, rows)
+    shapes = [shape for shape in sorted(tables.asked) if re.search(only, " ".join(shape))]
+    compile_all(tables, shapes, runner, rows)
     gained: dict[Shape, dict] = {}
-    for shape in sorted(tables.asked):
+    for shape in shapes:
         found: list[tuple[float, dict]] = []
         for tile in tiles_of(shape, rows):
             with tables.with_tile(shape, tile):
@@ -153,6 +155,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="v2-lite", help="(default %(default)s)")
     parser.add_argument("--layers", type=int, default=0, help="0, the default: all; fewer show smaller differences")
     parser.add_argument("--rows", default="4,16,64", help="of the steps; a tile serves up to so many (default 4,16,64)")
+    parser.add_argument("--only", default="", help="a regular expression that finds the shapes to be tuned")
     arguments = parser.parse_args()
     need_gpu(parser)
     config, weights, stacks = load(arguments.shape, arguments.layers, False)
@@ -163,7 +166,7 @@ def main() -> None:
         tell_a_step(bench.runner, rows)
         tables = Tables()
         with tables.answering():
-            gained = tune(tables, bench.runner, rows)
+            gained = tune(tables, arguments.only, bench.runner, rows)
         for (room, name), tile in gained.items():
             keep((room, name, rows), tile)
     bench.engine.stop()

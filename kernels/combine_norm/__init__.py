@@ -15,11 +15,13 @@ def combine_norm(
     weight: Tensor,  # [hidden]
     eps: float,
     out: Tensor | Fp8Rows,  # [T, hidden]
+    coded: Fp8Rows | None = None,  # [T, hidden]
 ) -> None:
-    """residual += parts, in their order; out = residual / rms(residual) * weight, quantised if `out` is."""
+    """residual += parts, in their order; out = residual / rms(residual) * weight, quantised if `out` is. `coded`: the
+    rows of `out`, which then is a tensor, in 8 bits as well."""
     if residual.is_cuda:
         from kernels.combine_norm import triton
 
-        triton.combine_norm(residual, parts, weight, eps, out)
+        triton.combine_norm(residual, parts, weight, eps, out, coded)
     else:
-        naive.combine_norm(residual, parts, weight, eps, out)
+        naive.combine_norm(residual, parts, weight, eps, out, coded)

@@ -33,8 +33,9 @@ def combine_norm(
     weight: Tensor,  # [hidden]
     eps: float,
     out: Tensor | Fp8Rows,  # [T, hidden]
+    coded: Fp8Rows | None = None,  # [T, hidden]
 ) -> None:
-    """residual += parts, in their order; out = residual / rms(residual) * weight."""
+    """residual += parts, in their order; out = residual / rms(residual) * weight. `coded`: `out` in 8 bits as well."""
     for part in parts:
         residual += part.sum() if isinstance(part, SlotRows) else part
     if isinstance(out, Fp8Rows):
@@ -42,6 +43,8 @@ def combine_norm(
         return
     torch.mul(residual, inverse_rms(residual, eps), out=out)
     out *= weight
+    if coded is not None:
+        quantise_rows(out, coded)
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -14,8 +14,9 @@ from kernels.tl_ops import let_next_begin, wait_ahead
 
 @triton.jit
 def _combine_norm(
-    residual, first, second, rows, slots, weight, out, scale, eps, hidden,
-    PARTS: tl.constexpr, TOPK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    residual, first, second, rows, slots, weight, out, coded, scale, eps, hidden,
+    PARTS: tl.constexpr, TOPK: tl.constexpr, WIDE: tl.constexpr, CODED: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -39,18 +40,21 @@ def _combine_norm(
         total += routed.to(rows.dtype.element_ty).to(tl.float32)
     tl.store(residual + t * hidden + at, total, mask=inside)
     normed = total * tl.rsqrt(tl.sum(total * total) / hidden + eps) * gain
-    if GROUP:
-        coded, scales = quantise_groups(normed, out.dtype.element_ty, BLOCK, GROUP)
-        tl.store(out + t * hidden + at, coded, mask=inside)
+    if WIDE:
+        rounded = normed.to(out.dtype.element_ty)
+        tl.store(out + t * hidden + at, rounded, mask=inside)
+        normed = rounded.to(tl.float32)  # what is coded as well is `out`
+    if CODED:
+        codes, scales = quantise_groups(normed, coded.dtype.element_ty, BLOCK, GROUP)
+        tl.store(coded + t * hidden + at, codes, mask=inside)
         groups = tl.arange(0, BLOCK // GROUP)
         tl.store(scale + t * (hidden // GROUP) + groups, scales, mask=groups < hidden // GROUP)
-    else:
-        tl.store(out + t * hidden + at, normed, mask=inside)
 
 
 def combine_norm(
-    residual: Tensor, parts: tuple[Tensor | SlotRows, ...], weight: Tensor, eps: float, out: Tensor | Fp8Rows
-) -> None:
+    residual: Tensor, parts: tuple[Tensor | SlotRows, ...], weight: Tensor, eps: float, out: Tensor | Fp8Rows,
+    coded: Fp8Rows | None = None,
+) -> None:  # fmt: skip
     """At most two dense parts, then at most one of slots."""
     dense = [part for part in parts if not isinstance(part, SlotRows)]
     slotted = [part for part in parts if isinstance(part, SlotRows)]
@@ -59,7 +63,8 @@ def combine_norm(
     tokens, hidden = residual.shape
     if not tokens:
         return
-    data, scale, group = (out.data, out.scale, GROUP) if isinstance(out, Fp8Rows) else (out, None, 0)
+    wide, codes = (None, out) if isinstance(out, Fp8Rows) else (out, coded)
+    data, scale = (codes.data, codes.scale) if codes is not None else (None, None)
     rows, slots, topk = (slotted[0].rows, slotted[0].slots, slotted[0].slots.shape[1]) if slotted else (None, None, 0)
     # Programs that stand ready take what whoever is waited for may have to run on.
     pdl, early = overlaps(), not any(part.awaited for part in slotted)
@@ -68,7 +73,7 @@ def combine_norm(
     # Few rows wait for memory alone: 8 numbers a thread, so that most of what a row is made of is on its way at once.
     each, most = (256, 32) if tokens <= 2 * current().processors else (512, 16)
     _combine_norm[(tokens,)](
-        residual, first, second, rows, slots, weight, data, scale, eps, hidden,
-        len(dense), topk, group, block, pdl,
+        residual, first, second, rows, slots, weight, wide, data, scale, eps, hidden,
+        len(dense), topk, wide is not None, codes is not None, GROUP, block, pdl,
         num_warps=max(1, min(most, block // each)), **overlap(pdl and early),
     )  # fmt: skip

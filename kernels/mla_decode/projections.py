@@ -1,5 +1,6 @@
 # mypy: allow-incomplete-defs, allow-untyped-defs, no-check-untyped-defs
-"""A product for each head: queries absorbed into the latent space, and the latent sums brought back from it.
+"""A product for each head: queries absorbed into the latent space, and the latent sums brought back from it, in 8 bits
+where the product that follows takes them so.
 
 For decode these are two weights to stream (16.8 MB each for R1). A program asks for its whole tile of them at once,
 even while the launch before it still runs (weights never change), and uses it for all tokens.
@@ -10,30 +11,46 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.quant.naive import GROUP, Fp8Rows
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import overlap
-from kernels.tl_ops import dot, let_next_begin, wait_ahead
+from kernels.tl_ops import dot, fp8_max, let_next_begin, to_fp8, wait_ahead
 
 
 @triton.jit
 def _per_head(
-    x, w, out, tokens, k, n, x_token, x_head, w_head, w_k, w_n, out_token, out_head,
-    TAIL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    x, w, out, scale, tokens, k, n, x_token, x_head, w_head, w_k, w_n, out_token, out_head, scale_token,
+    TAIL: tl.constexpr, CODED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[t, h, :n] = x[t, h, :k] w[h]; out[t, h, n:] = x[t, h, k:], TAIL columns."""
+    """out[t, h, :n] = x[t, h, :k] w[h]; out[t, h, n:] = x[t, h, k:], TAIL columns. CODED: `out` in 8 bits, a scale a
+    token and head. With STAGES weights come BK at a time once the launches ahead have ended; BK and BN
+    divide k and n then."""
     let_next_begin(PDL)
     tiles = tl.cdiv(n, BN)
     head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     along, column = tl.arange(0, BK), tile * BN + tl.arange(0, BN)
     at = w + head.to(tl.int64) * w_head + along[:, None] * w_k + column[None, :] * w_n
-    weight = tl.load(at, mask=(along < k)[:, None] & (column < n)[None, :], other=0.0)
+    if not STAGES:
+        weight = tl.load(at, mask=(along < k)[:, None] & (column < n)[None, :], other=0.0)
     wait_ahead(PDL)
     for first in range(tl.program_id(1) * BM, tokens, tl.num_programs(1) * BM):
         token = first + tl.arange(0, BM)
         source = x + token.to(tl.int64)[:, None] * x_token + head * x_head
         to = out + token.to(tl.int64)[:, None] * out_token + head * out_head
-        rows = tl.load(source + along[None, :], mask=(token < tokens)[:, None] & (along < k)[None, :], other=0.0)
-        product = dot(rows, weight, tl.zeros([BM, BN], tl.float32))
+        product = tl.zeros([BM, BN], tl.float32)
+        if STAGES:
+            for done in tl.range(0, k, BK, num_stages=STAGES):
+                rows = tl.load(source + done + along[None, :], mask=(token < tokens)[:, None], other=0.0)
+                product = dot(rows, tl.load(at + done * w_k), product)
+        else:
+            rows = tl.load(source + along[None, :], mask=(token < tokens)[:, None] & (along < k)[None, :], other=0.0)
+            product = dot(rows, weight, product)
+        if CODED:  # of the product as it would be stored: what is coded does not depend on who codes it
+            product = product.to(x.dtype.element_ty).to(tl.float32)
+            unit = tl.maximum(tl.max(tl.abs(product), 1), 1e-10) / fp8_max(out.dtype.element_ty)
+            tl.store(scale + token.to(tl.int64) * scale_token + head, unit, mask=token < tokens)
+            product = to_fp8(product / unit[:, None], out.dtype.element_ty)
         tl.store(to + column[None, :], product, mask=(token < tokens)[:, None] & (column < n)[None, :])
         if TAIL and tile == 0:
             past = tl.arange(0, TAIL)[None, :]
@@ -42,14 +59,20 @@ def _per_head(
 
 
 def per_head(x, w, out, tile: dict[str, int], pdl: bool) -> None:
-    """x [tokens, heads, k + tail], w [heads, k, n], out [tokens, heads, n + tail]; the last dimension of x and out is
-    contiguous, w lies as it may."""
+    """x [tokens, heads, k + tail], w [heads, k, n], out [tokens, heads, n + tail] or, in 8 bits, [tokens, heads * n];
+    the last dimension of x and out is contiguous, w lies as it may."""
     heads, k, n = w.shape
     tokens, tail = len(x), x.shape[2] - k
+    scale, scale_token, coded = None, 0, isinstance(out, Fp8Rows)
+    if coded:
+        if n != GROUP or tile["bn"] != n or tail:
+            raise ValueError(f"in 8 bits a head has a scale of its own: {n} columns and {tail} more, {tile}")
+        scale, scale_token, out = out.scale, out.scale.stride(0), out.data.view(tokens, heads, n)
     if not tokens:
         return
+    whole = max(16, next_power_of_2(k))
     _per_head[(heads * cdiv(n, tile["bn"]), 1)](
-        x, w, out, tokens, k, n, x.stride(0), x.stride(1), *w.stride(), out.stride(0), out.stride(1),
-        tail, tile["bm"], tile["bn"], max(16, next_power_of_2(k)), pdl, num_warps=tile["warps"],
-        **overlap(pdl),
+        x, w, out, scale, tokens, k, n, x.stride(0), x.stride(1), *w.stride(), out.stride(0), out.stride(1),
+        scale_token, tail, coded, tile["bm"], tile["bn"], tile.get("bk", whole), pdl, tile.get("stages", 0),
+        num_warps=tile["warps"], **overlap(pdl),
     )  # fmt: skip

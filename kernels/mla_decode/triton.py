@@ -10,6 +10,7 @@ from kernels.latent_cache import Fp8Latent
 from kernels.mla_decode.attend import attention, join
 from kernels.mla_decode.plan import DecodePlan, plan_decode
 from kernels.mla_decode.projections import per_head
+from kernels.quant.naive import GROUP, Fp8Rows
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import INTERPRETED, current, measured_tile, overlap, overlaps
 
@@ -18,6 +19,7 @@ __all__ = ["attend", "candidates", "decode_plan", "mla_decode", "plan_decode", "
 
 _SHORT = 1024  # tokens of context a request, up to which a tile may be another
 _NO_BOUND = 1 << 30
+TO_FP8 = " to fp8"  # of a projection whose result is coded, in tiles.json
 
 
 def shape_key(rows: int, kv_lora: int, rope: int, fp8: bool, max_context: int = _NO_BOUND) -> str:
@@ -121,7 +123,7 @@ def mla_decode(
     context: Tensor,  # int32 [n]
     plan: DecodePlan,
     scale: float,
-    out: Tensor,  # [n, heads, v_dim]
+    out: Tensor | Fp8Rows,  # [n, heads, v_dim]; in 8 bits [n, heads * v_dim]
 ) -> None:
     """Of n / q_tokens requests, where the plan is for several query tokens each."""
     n, heads = q.shape[:2]
@@ -134,19 +136,30 @@ def mla_decode(
     project(latent, w_uv, out)
 
 
-def project(x: Tensor, w: Tensor, out: Tensor, tile: dict[str, int] | None = None) -> None:
-    """out[t, h] = x[t, h, :k] w[h], then what x holds past its first k columns."""
-    tile = tile or projection_rule(len(x), *w.shape)
+def project(x: Tensor, w: Tensor, out: Tensor | Fp8Rows, tile: dict[str, int] | None = None) -> None:
+    """out[t, h] = x[t, h, :k] w[h], then what x holds past its first k columns. In 8 bits, where `codes_heads`, with
+    the codes of `quantise_rows`."""
+    heads, k, n = w.shape
+    tile = tile or projection_rule(len(x), heads, k, n, isinstance(out, Fp8Rows))
     per_head(x, w, out, tile, overlaps())
 
 
-def projection_rule(tokens: int, heads: int, k: int, n: int) -> dict[str, int]:
-    """All of a program's weights are on their way at once: 16 to 32 KB, several programs a processor."""
+def codes_heads(k: int, n: int) -> bool:
+    """Whether a projection can give 8 bits: a head's columns are a group, and one program holds all of its weights and
+    32 tokens."""
+    return n == GROUP and 2 * next_power_of_2(k) * (n + 32) <= current().shared
+
+
+def projection_rule(tokens: int, heads: int, k: int, n: int, coded: bool = False) -> dict[str, int]:
+    """All of a program's weights are on their way at once: 16 to 32 KB, several programs a processor; all of a head's
+    where the result is coded."""
     bn = max(16, min(128, 16384 // next_power_of_2(k)))
     while bn > 16 and heads * cdiv(n, bn) < 256:
         bn //= 2
     rule = {"bm": _token_tile(tokens, k), "bn": bn, "warps": 4}
-    return measured_tile(__file__, projection_key(heads, k, n), tokens) or rule
+    if coded:
+        rule |= {"bn": n, "warps": 8}
+    return measured_tile(__file__, projection_key(heads, k, n, coded), tokens) or rule
 
 
 def _token_tile(tokens: int, k: int) -> int:
@@ -154,12 +167,23 @@ def _token_tile(tokens: int, k: int) -> int:
     return max(16, min(64, 16384 // next_power_of_2(k), next_power_of_2(tokens)))
 
 
-def projection_key(heads: int, k: int, n: int) -> str:
-    return f"per head {heads}x{k}x{n}"
+def projection_key(heads: int, k: int, n: int, coded: bool = False) -> str:
+    return f"per head {heads}x{k}x{n}" + (TO_FP8 if coded else "")
 
 
-def projection_candidates(tokens: int, k: int) -> list[dict[str, int]]:
+def projection_candidates(tokens: int, k: int, coded: bool = False) -> list[dict[str, int]]:
     bm = _token_tile(tokens, k)
+    if coded:
+        heights = [height for height in (16, 32, 64) if height <= max(16, next_power_of_2(tokens))]
+        whole = [{"bm": height, "warps": warps} for height in heights if height < 64 for warps in (4, 8, 16)]
+        streamed = [
+            {"bm": height, "warps": warps, "bk": bk, "stages": stages}
+            for height in heights
+            for warps in (4, 8)
+            for bk, stages in ((64, 4), (64, 6), (128, 3), (128, 4))
+            if k % bk == 0
+        ]
+        return [tile | {"bn": GROUP} for tile in whole + streamed]
     return [
         {"bm": bm, "bn": bn, "warps": warps}
         for bn in (16, 32, 64, 128)

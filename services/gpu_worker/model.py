@@ -75,6 +75,11 @@ class Model:
         self.dtype = weights.embedding.dtype
         self.on_gpu = weights.embedding.is_cuda
         self.fp8 = isinstance(weights.layers[0].o, Fp8Blocks)
+        self._codes_heads = False
+        if self.on_gpu and self.fp8:
+            from kernels.mla_decode.triton import codes_heads
+
+            self._codes_heads = codes_heads(config.kv_lora, config.v_dim)
         apart = any(layer.mlp is not None for layer in weights.layers if layer.w_gate is not None)
         self._riding = config.shared_experts if stacks and not apart else 0
         self._turns = rope_turns(config, config.max_positions).to(weights.embedding.device)  # [positions, rope / 2]
@@ -138,11 +143,11 @@ class Model:
             turns = self._turns[batch.positions].unsqueeze(1), None
         parts: Parts = ()
         for index, (layer, layer_cache) in enumerate(zip(weights.layers, cache, strict=True)):
-            x = self._normed(parts, layer.attn_norm, work, coded=self.fp8)
+            x = self._normed(parts, layer.attn_norm, work)
             scratch = work.gpu.qkv if work.gpu else None
             qkv_norm_rope_write(x, layer.qkv, turns[0], batch.write, layer_cache, work.q, turns[1], scratch)
             yield index
-            self._add_attended(layer, work)
+            self._add_attended(layer, work, coded=self._decodes_to_8_bits(batch))
             parts = self._ffn(layer, work, bool(batch.prefill))
         combine_norm(work.h, parts, weights.norm, eps, work.x)
 
@@ -156,12 +161,14 @@ class Model:
         room = len(scratch.latent) if scratch is not None else 0
         decode, prefill = _decode_schedule(batch, work), _prefill_plans(batch.prefill, room, work.q.device)
         n, scale = batch.n_decode, self.config.softmax_scale
+        coded = work.gpu.attended if work.gpu and self._decodes_to_8_bits(batch) else None
 
         def attend(index: int) -> None:
             layer, pages, q, out = self.weights.layers[index], cache[index], work.q, work.out
             up = layer.w_uk, layer.w_uv
             if n:
-                mla_decode(q[:n], *up, pages, batch.block_table, batch.context, decode, scale, out[:n])  # type: ignore[arg-type]
+                to = out[:n] if coded is None else coded[:n]
+                mla_decode(q[:n], *up, pages, batch.block_table, batch.context, decode, scale, to)  # type: ignore[arg-type]
             for first, end, plan in prefill:
                 mla_prefill(q[first:end], *up, pages, plan, scale, out[first:end], scratch)
 
@@ -177,21 +184,27 @@ class Model:
         linear(x, head, out)
         return out
 
-    def _normed(self, parts: Parts, weight: Tensor, work: Work, coded: bool) -> Tensor | Fp8Rows:
-        """The residual stream with `parts` in it, normed."""
+    def _normed(self, parts: Parts, weight: Tensor, work: Work) -> Tensor | Fp8Rows:
+        """The residual stream with `parts` in it, normed, as the products of a layer take it."""
         out: Tensor | Fp8Rows = work.x
-        if coded:
+        if self.fp8:
             assert work.gpu is not None and work.gpu.coded is not None
             out = work.gpu.coded
         combine_norm(work.h, parts, weight, self.config.eps, out)
         return out
 
-    def _add_attended(self, layer: Layer, work: Work) -> None:
-        """h += what attention found, projected"""
+    def _decodes_to_8_bits(self, batch: Batch) -> bool:
+        """Whether what attention finds is in 8 bits already: beside prompts, which have no such kernel, it is coded
+        together with theirs."""
+        return self._codes_heads and not batch.prefill
+
+    def _add_attended(self, layer: Layer, work: Work, coded: bool) -> None:
+        """h += what attention found, projected. `coded`: it is in 8 bits."""
         out, gpu = work.out, work.gpu
         attended: Tensor | Fp8Rows = out.view(len(out), -1)
         if gpu is not None and gpu.attended is not None:
-            quantise_rows(out.view(len(out), -1), gpu.attended)
+            if not coded:
+                quantise_rows(out.view(len(out), -1), gpu.attended)
             attended = gpu.attended
         linear(attended, layer.o, work.h, add=work.h, scratch=gpu.linear if gpu else None)
         if layer.o_bias is not None:
@@ -202,9 +215,9 @@ class Model:
         expert is computed here."""
         gpu = work.gpu
         if layer.w_gate is None:
-            x = self._normed((), layer.mlp_norm, work, coded=self.fp8)
+            x = self._normed((), layer.mlp_norm, work)
             return _mlp(layer.mlp, x, gpu.dense if gpu else None, work)
-        self._normed((), layer.mlp_norm, work, coded=False)
+        combine_norm(work.h, (), layer.mlp_norm, self.config.eps, work.x, gpu.coded if gpu else None)
         if gpu is not None:
             return self._experts_on_gpu(layer, work, gpu, prefill)
         assert self.link is not None
@@ -215,18 +228,17 @@ class Model:
         return parts
 
     def _experts_on_gpu(self, layer: Layer, work: Work, gpu: GpuWork, prefill: bool) -> Parts:
+        coded: Tensor | Fp8Rows = work.x if gpu.coded is None else gpu.coded  # if anybody takes it so
         if self.stacks:
             assert gpu.experts is not None
             stack = self.stacks[layer.index]
             self._route(layer, work, gpu.experts.plan, stack.slots, len(stack.down.data))
-            coded = self._code(work, gpu)
             parts = _mlp(layer.mlp, coded if self.fp8 else work.x, gpu.shared, work)
             x = coded if isinstance(stack.down, Fp8Blocks) else work.x
             return (*parts, grouped_ffn(x, work.weights, stack.gate_up, stack.down, gpu.experts))
         link, slots = self.device_link, gpu.slots
         assert link is not None and slots is not None
         self._route(layer, work)
-        coded = self._code(work, gpu)
         x = coded if link.layout.quantised else work.x
         link.dispatch(layer.index, x, work.ids, work.weights, slots, prefill=prefill)
         parts = _mlp(layer.mlp, coded if self.fp8 else work.x, gpu.shared, work)
@@ -238,13 +250,6 @@ class Model:
             work.x, layer.w_gate, layer.gate_bias, self._routing, work.ids, work.weights,
             plan, slots, held, work.gpu.route if work.gpu else None,  # type: ignore[arg-type]
         )  # fmt: skip
-
-    def _code(self, work: Work, gpu: GpuWork) -> Tensor | Fp8Rows:
-        """work.x in 8 bits, if anybody takes it so."""
-        if gpu.coded is None:
-            return work.x
-        quantise_rows(work.x, gpu.coded)
-        return gpu.coded
 
     def _gpu_work(self, rows: int, decodes: int, context: int, fp8_cache: bool, new: Callable[..., Tensor]) -> GpuWork:
         from kernels.experts.tiles import parts_of

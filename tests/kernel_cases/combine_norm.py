@@ -12,8 +12,10 @@ from tests.kernel_cases import Case
 def launch(hidden: int, quantised: bool, topk: int) -> None:
     x, weight = torch.empty(4, hidden, dtype=torch.bfloat16), torch.empty(hidden, dtype=torch.bfloat16)
     slots = SlotRows(torch.empty(4 * topk, hidden, dtype=x.dtype), torch.empty(4, topk, dtype=torch.int32))
-    out = Fp8Rows.empty(4, hidden, "cpu", current().fp8) if quantised else torch.empty_like(x)
-    combine_norm(x, (torch.empty_like(x), slots), weight, 1e-6, out)
+    codes = Fp8Rows.empty(4, hidden, "cpu", current().fp8)
+    combine_norm(x, (torch.empty_like(x), slots), weight, 1e-6, codes if quantised else torch.empty_like(x))
+    if quantised:
+        combine_norm(x, (), weight, 1e-6, torch.empty_like(x), codes)
 
 
 CASES = [

@@ -5,6 +5,7 @@ import torch
 from common.pages import PAGE
 from kernels.latent_cache import Fp8Latent, page_bytes
 from kernels.mla_decode import triton
+from kernels.quant.naive import Fp8Rows
 from kernels.target import current
 from tests.kernel_cases import Case
 
@@ -34,7 +35,10 @@ def project(heads: int, tokens: int) -> None:
     triton.project(x, torch.empty(heads, 128, LATENT, dtype=torch.bfloat16), absorbed)
     out = torch.empty(tokens, heads, 128, dtype=torch.bfloat16)
     w_uv = torch.empty(heads, 128, LATENT, dtype=torch.bfloat16).mT
-    triton.project(torch.empty(tokens, heads, LATENT, dtype=torch.bfloat16), w_uv, out)
+    latent = torch.empty(tokens, heads, LATENT, dtype=torch.bfloat16)
+    triton.project(latent, w_uv, out)
+    if heads == 128 and triton.codes_heads(LATENT, 128):
+        triton.project(latent, w_uv, Fp8Rows.empty(tokens, heads * 128, "cpu", current().fp8))
 
 
 CASES = [
@@ -49,5 +53,6 @@ CASES = [
     Case("V2-Lite, portable", lambda: launch(16, portable=True)),
     Case("R1, portable, fp8 cache", lambda: launch(128, fp8=True, portable=True)),
     Case("absorb and bring back, R1", lambda: project(128, 1), hot=True),
+    Case("absorb and bring back, R1, 64 tokens", lambda: project(128, 64), hot=True),
     Case("absorb and bring back, V2-Lite, 64 tokens", lambda: project(16, 64), hot=True),
 ]
