@@ -23,7 +23,7 @@ def main(folder: str, max_batch: int, max_context: int, chunk: int, memory: floa
     from vllm import LLM, SamplingParams
 
     # Those of its own that the points have: kernels of a size compile for 20 s, and of 8,192 prompt tokens none is one.
-    sizes = [1 << i for i in range(max_batch.bit_length())]
+    sizes = sorted({1 << i for i in range(max_batch.bit_length())} | {max_batch})
     llm = LLM(
         folder, load_format="dummy", skip_tokenizer_init=True, enable_prefix_caching=False, max_num_seqs=max_batch,
         max_model_len=max_context, max_num_batched_tokens=chunk, gpu_memory_utilization=memory, dtype="bfloat16",

@@ -139,10 +139,12 @@ def test_an_fp8_cache_costs_what_its_rounding_costs(checkpoint: tuple[Path, torc
     assert error_ratio(told, want) < MORE * cost
 
 
-def test_an_fp8_checkpoint_costs_what_the_rounding_of_activations_costs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("v_dim", [64, 128], ids=["coded by a launch of its own", "coded where sums are brought back"])
+def test_an_fp8_checkpoint_costs_what_the_rounding_of_activations_costs(tmp_path: Path, v_dim: int) -> None:
     """Against transformers with its dequantised weights."""
-    kept = write_fp8("v3-like", tmp_path / "model", **WIDTHS | SHAPES["v3-like"])
-    wide = write_checkpoint(make_model("v3-like", **WIDTHS | SHAPES["v3-like"]), tmp_path / "wide")
+    widths = WIDTHS | SHAPES["v3-like"] | {"v_head_dim": v_dim}
+    kept = write_fp8("v3-like", tmp_path / "model", **widths)
+    wide = write_checkpoint(make_model("v3-like", **widths), tmp_path / "wide")
     save_file(kept, wide / "model.safetensors", metadata={"format": "pt"})
     texts, told = logprobs_told(Served(tmp_path / "model", chunk_tokens=128))
     want, cpu = (

@@ -66,7 +66,7 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("rows", [1, 4, 8, 16, 64])
+@pytest.mark.parametrize("rows", [1, 4, 8, 16, 24, 64])
 def test_a_step_is_the_same_as_its_launches_one_by_one(runner: Any, rows: int) -> None:
     torch.manual_seed(rows)
     runner._blank(MOST)

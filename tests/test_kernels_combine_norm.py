@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.combine_norm import naive, triton
 from kernels.combine_norm.naive import SlotRows
 from kernels.quant.naive import Fp8Rows, dequantise
+from kernels.quant.naive import quantise_rows as naive_rows
 from kernels.quant.triton import quantise_rows
 from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, same_from_graph
 
@@ -32,12 +33,14 @@ def inputs(tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype) 
     return rows(tokens), tuple(parts), torch.rand(hidden, device=DEVICE).to(dtype)
 
 
-def check(
-    tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, quantised: bool, both: bool = False
-) -> None:
+KINDS = ["wide", "in 8 bits", "both"]
+
+
+def check(tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, kind: str) -> None:
     residual, parts, weight = inputs(tokens, hidden, dense, topk, dtype)
+    quantised = kind == "in 8 bits"
     out = Fp8Rows.empty(tokens, hidden, DEVICE) if quantised else torch.empty_like(residual)
-    coded = Fp8Rows.empty(tokens, hidden, DEVICE) if both and not quantised else None
+    coded = Fp8Rows.empty(tokens, hidden, DEVICE) if kind == "both" else None
     poison(out, *(() if coded is None else (coded,)))
     # Of a few values the rounding to fp8 alone may come to 3 %: the naive version rounds, too.
     want = Fp8Rows.empty(tokens, hidden, DEVICE) if quantised else torch.empty(tokens, hidden, device=DEVICE)
@@ -55,6 +58,17 @@ def check(
         assert coded.data.view(torch.uint8).equal(alone.data.view(torch.uint8)) and coded.scale.equal(alone.scale)
 
 
+def test_naive_codes_what_it_normed() -> None:
+    residual, parts, weight = inputs(3, 256, 1, 0, torch.float32)
+    out, coded, alone = torch.empty_like(residual), Fp8Rows.empty(3, 256, DEVICE), Fp8Rows.empty(3, 256, DEVICE)
+    poison(coded)
+    naive.combine_norm(residual, parts, weight, 1e-3, out, coded)
+    naive_rows(out, alone)
+    assert coded.data.view(torch.uint8).equal(alone.data.view(torch.uint8)) and coded.scale.equal(alone.scale)
+    with pytest.raises(ValueError, match="8 bits alone"):
+        triton.combine_norm(residual, parts, weight, 1e-3, alone, coded)
+
+
 @either_device
 @settings(deadline=None, max_examples=30)
 @given(
@@ -63,26 +77,25 @@ def check(
     dense=st.integers(0, 2),
     topk=st.integers(0, 4),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    quantised=st.booleans(),
-    both=st.booleans(),
+    kind=st.sampled_from(KINDS),
     seed=st.integers(0, 1 << 30),
 )
 def test_equals_naive(
-    tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, quantised: bool, both: bool, seed: int
+    tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, kind: str, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    check(tokens, hidden, dense, topk, dtype, quantised, both)
+    check(tokens, hidden, dense, topk, dtype, kind)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("hidden", "topk", "quantised", "both"),
-    [(7168, 8, True, False), (7168, 0, False, True), (2048, 6, False, False)],
+    ("hidden", "topk", "kind"),
+    [(7168, 8, "in 8 bits"), (7168, 0, "both"), (2048, 6, "wide")],
     ids=["R1", "R1, before the experts", "V2-Lite"],
 )
 @pytest.mark.parametrize("tokens", [1, 64, 4096])
-def test_equals_naive_at_full_size(tokens: int, hidden: int, topk: int, quantised: bool, both: bool) -> None:
-    check(tokens, hidden, 1, topk, torch.bfloat16, quantised, both)
+def test_equals_naive_at_full_size(tokens: int, hidden: int, topk: int, kind: str) -> None:
+    check(tokens, hidden, 1, topk, torch.bfloat16, kind)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,9 @@ from kernels.quant.naive import Fp8Rows
 SETS = 8  # activations are warm in the engine too: a few sets only keep the graph from being one launch
 
 
-def case(name: str, tokens: int, hidden: int, topk: int, quantised: bool) -> KernelCase:
+def case(name: str, tokens: int, hidden: int, topk: int, quantised: bool, both: bool = False) -> KernelCase:
+    """`both`: rows in 8 bits beside those of the residual's type."""
+
     def make(tile: dict | None) -> list[Launch]:
         def one() -> Launch:
             x, part = torch.randn(2, tokens, hidden, device="cuda").bfloat16()
@@ -18,17 +20,20 @@ def case(name: str, tokens: int, hidden: int, topk: int, quantised: bool) -> Ker
             slots = torch.randperm(tokens * topk, device="cuda").view(tokens, topk).int()
             weight = torch.ones(hidden, device="cuda", dtype=torch.bfloat16)
             out = Fp8Rows.empty(tokens, hidden, "cuda") if quantised else torch.empty_like(x)
-            return lambda: combine_norm(x, (part, SlotRows(rows, slots)), weight, 1e-6, out)
+            coded = Fp8Rows.empty(tokens, hidden, "cuda") if both else None
+            parts = (part, SlotRows(rows, slots)) if topk else ()
+            return lambda: combine_norm(x, parts, weight, 1e-6, out, coded)
 
         return [one() for _ in range(SETS)]
 
-    moved = tokens * hidden * (2 * (3 + topk) + (1 if quantised else 2))
+    moved = tokens * hidden * (2 * (3 + topk if topk else 2) + (1 if quantised else 3 if both else 2))
     return KernelCase("combine_norm", f"{name}, {tokens} tokens", make, bytes=moved)
 
 
 def cases() -> list[KernelCase]:
-    return [
-        case(name, tokens, hidden, topk, quantised)
-        for name, hidden, topk, quantised in (("R1, fp8 out", 7168, 8, True), ("V2-Lite", 2048, 6, False))
-        for tokens in (1, 16, 64, 4096)
+    shapes = [
+        ("R1, fp8 out", 7168, 8, True, False),
+        ("R1, before experts", 7168, 0, False, True),
+        ("V2-Lite", 2048, 6, False, False),
     ]
+    return [case(name, tokens, *shape) for name, *shape in shapes for tokens in (1, 16, 64, 4096)]

@@ -26,7 +26,7 @@ from common.pages import PAGE
 from kernels import target
 from kernels.ahead import compiling_ahead
 from kernels.linear.candidates import candidates
-from kernels.mla_decode.triton import TO_FP8, projection_candidates
+from kernels.mla_decode.triton import projection_candidates
 from services.gpu_worker.graphs import GpuRunner
 
 INPUT = 1024  # tokens of context
@@ -73,8 +73,8 @@ def tiles_of(shape: Shape, rows: int) -> list[dict]:
         n, k = map(int, size.split("x"))
         return [tile for tile in candidates(rows, n, k, getattr(torch, dtype)) if "BN" not in tile]  # no streaming
     if name.startswith("per head"):
-        size, coded = name.removesuffix(TO_FP8).split()[-1], name.endswith(TO_FP8)
-        return projection_candidates(rows, int(size.split("x")[1]), coded)
+        _, k, _ = map(int, name.split()[-1].split("x"))
+        return projection_candidates(rows, k, "to fp8" in name)
     return []
 
 

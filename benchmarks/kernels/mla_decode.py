@@ -129,8 +129,8 @@ def fa3(heads: int) -> Callable[[Inputs], Launch]:
     return one
 
 
-def projection(name: str, tokens: int, k: int, n: int, tail: int, kept: bool) -> KernelCase:
-    """`kept`: the weight's n is contiguous, as it is for absorbing."""
+def projection(name: str, tokens: int, k: int, n: int, tail: int, kept: bool, coded: bool = False) -> KernelCase:
+    """`kept`: the weight's n is contiguous, as it is for absorbing; `coded`: to 8 bits, which the peer leaves out."""
     heads, size = 128, 128 * k * n * 2
 
     def make(tile: dict | None, library: bool = False) -> list[Launch]:
@@ -138,7 +138,9 @@ def projection(name: str, tokens: int, k: int, n: int, tail: int, kept: bool) ->
             x = torch.randn(tokens, heads, k + tail, device="cuda", dtype=torch.bfloat16)
             w = torch.randn(heads, *((k, n) if kept else (n, k)), device="cuda", dtype=torch.bfloat16)
             w = w if kept else w.mT
-            out = torch.empty(tokens, heads, n + tail, device="cuda", dtype=torch.bfloat16)
+            out: Tensor | Fp8Rows = torch.empty(tokens, heads, n + tail, device="cuda", dtype=torch.bfloat16)
+            if coded:
+                out = Fp8Rows.empty(tokens, heads * n, "cuda")
             if library:
                 return lambda: torch.bmm(x[..., :k].transpose(0, 1), w)
             return lambda: triton.project(x, w, out, tile)
@@ -146,8 +148,10 @@ def projection(name: str, tokens: int, k: int, n: int, tail: int, kept: bool) ->
         return [one() for _ in range(sets(size))]
 
     return KernelCase(
-        "mla_decode", f"{name}, {tokens} tokens", make, bytes=size + 2 * tokens * heads * (k + n + 2 * tail),
-        tiles=lambda: triton.projection_candidates(tokens, k), tuned=(ROOM, triton.projection_key(heads, k, n), tokens),
+        "mla_decode", f"{name}, {tokens} tokens", make,
+        bytes=size + tokens * heads * (2 * k + (1 if coded else 2) * n + 4 * tail),
+        tiles=lambda: triton.projection_candidates(tokens, k, coded),
+        tuned=(ROOM, triton.projection_key(heads, k, n, coded), tokens),
         peers={"torch.bmm": lambda: make(None, library=True)}, goal="0.92 of reading",
     )  # fmt: skip
 
@@ -158,4 +162,5 @@ def cases() -> list[KernelCase]:
         *(attention(*point, fp8=fp8) for fp8 in (False, True) for point in points),
         *(projection("absorb, R1", tokens, NOPE, LATENT, ROPE, True) for tokens in (1, 16, 64)),
         *(projection("bring back, R1", tokens, LATENT, V_DIM, 0, False) for tokens in (1, 16, 64)),
+        *(projection("bring back in fp8, R1", tokens, LATENT, V_DIM, 0, False, True) for tokens in (1, 16, 64)),
     ]

@@ -15,8 +15,7 @@ from kernels.tl_ops import let_next_begin, wait_ahead
 @triton.jit
 def _combine_norm(
     residual, first, second, rows, slots, weight, out, coded, scale, eps, hidden,
-    PARTS: tl.constexpr, TOPK: tl.constexpr, WIDE: tl.constexpr, CODED: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, TOPK: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -40,11 +39,11 @@ def _combine_norm(
         total += routed.to(rows.dtype.element_ty).to(tl.float32)
     tl.store(residual + t * hidden + at, total, mask=inside)
     normed = total * tl.rsqrt(tl.sum(total * total) / hidden + eps) * gain
-    if WIDE:
+    if out is not None:
         rounded = normed.to(out.dtype.element_ty)
         tl.store(out + t * hidden + at, rounded, mask=inside)
         normed = rounded.to(tl.float32)  # what is coded as well is `out`
-    if CODED:
+    if coded is not None:
         codes, scales = quantise_groups(normed, coded.dtype.element_ty, BLOCK, GROUP)
         tl.store(coded + t * hidden + at, codes, mask=inside)
         groups = tl.arange(0, BLOCK // GROUP)
@@ -60,6 +59,8 @@ def combine_norm(
     slotted = [part for part in parts if isinstance(part, SlotRows)]
     if len(dense) > 2 or len(slotted) > 1 or list(parts) != dense + slotted:
         raise ValueError("combine_norm takes up to two dense parts, then up to one of slots")
+    if isinstance(out, Fp8Rows) and coded is not None:
+        raise ValueError("rows in 8 bits alone, or in the residual's type and in 8 bits")
     tokens, hidden = residual.shape
     if not tokens:
         return
@@ -74,6 +75,6 @@ def combine_norm(
     each, most = (256, 32) if tokens <= 2 * current().processors else (512, 16)
     _combine_norm[(tokens,)](
         residual, first, second, rows, slots, weight, wide, data, scale, eps, hidden,
-        len(dense), topk, wide is not None, codes is not None, GROUP, block, pdl,
+        len(dense), topk, GROUP, block, pdl,
         num_warps=max(1, min(most, block // each)), **overlap(pdl and early),
     )  # fmt: skip

@@ -20,9 +20,10 @@ from kernels.expert_plan.naive import ExpertPlan
 from kernels.experts.tiles import fit
 from kernels.experts.work import CHUNK, ExpertWork, bytes_ahead, rows_and_scale
 from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows
+from kernels.quant.triton import quantise_each
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import current, overlap, overlaps
-from kernels.tl_ops import dot, fp8_max, let_next_begin, prefetch, to_fp8, wait_ahead
+from kernels.tl_ops import dot, let_next_begin, prefetch, wait_ahead
 
 EARLY = tl.constexpr(4)  # steps before a program's end at which the next launch may start to fetch its weights
 
@@ -65,9 +66,8 @@ def _store_activation(gate, up, out, out_scale, row, column, rows, width, SCALED
     inside = tl.arange(0, BM) < rows
     act = gate / (1 + tl.exp(-gate)) * up
     if SCALED:
-        scale = tl.maximum(tl.max(tl.abs(act), 1), 1e-10) / fp8_max(out.dtype.element_ty)
+        act, scale = quantise_each(act, out.dtype.element_ty)
         tl.store(out_scale + r * (width // BN) + column // BN, scale, mask=inside)
-        act = to_fp8(act / scale[:, None], out.dtype.element_ty)
     tl.store(out + r[:, None] * width + column + tl.arange(0, BN)[None, :], act, mask=inside[:, None])
 
 

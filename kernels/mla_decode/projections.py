@@ -3,7 +3,8 @@
 where the product that follows takes them so.
 
 For decode these are two weights to stream (16.8 MB each for R1). A program asks for its whole tile of them at once,
-even while the launch before it still runs (weights never change), and uses it for all tokens.
+even while the launch before it still runs (weights never change), and uses it for all tokens. Many tokens beside all of
+a head's weights do not fit a processor: then both come in pieces, after the wait.
 """
 
 from __future__ import annotations
@@ -12,20 +13,19 @@ import triton
 import triton.language as tl
 
 from kernels.quant.naive import GROUP, Fp8Rows
+from kernels.quant.triton import quantise_each
 from kernels.sizes import cdiv, next_power_of_2
 from kernels.target import overlap
-from kernels.tl_ops import dot, fp8_max, let_next_begin, to_fp8, wait_ahead
+from kernels.tl_ops import dot, let_next_begin, wait_ahead
 
 
 @triton.jit
 def _per_head(
-    x, w, out, scale, tokens, k, n, x_token, x_head, w_head, w_k, w_n, out_token, out_head, scale_token,
-    TAIL: tl.constexpr, CODED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, w, out, scale, tokens, k, n, x_token, x_head, w_head, w_k, w_n, out_token, out_head,
+    TAIL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out[t, h, :n] = x[t, h, :k] w[h]; out[t, h, n:] = x[t, h, k:], TAIL columns. CODED: `out` in 8 bits, a scale a
-    token and head. With STAGES weights come BK at a time once the launches ahead have ended; BK and BN
-    divide k and n then."""
+    """out[t, h, :n] = x[t, h, :k] w[h]; out[t, h, n:] = x[t, h, k:], TAIL columns. With `scale`, a number a token and
+    head, `out` is in 8 bits and BN = n. With STAGES weights come BK at a time; BK divides k and BN n then."""
     let_next_begin(PDL)
     tiles = tl.cdiv(n, BN)
     head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -46,11 +46,9 @@ def _per_head(
         else:
             rows = tl.load(source + along[None, :], mask=(token < tokens)[:, None] & (along < k)[None, :], other=0.0)
             product = dot(rows, weight, product)
-        if CODED:  # of the product as it would be stored: what is coded does not depend on who codes it
-            product = product.to(x.dtype.element_ty).to(tl.float32)
-            unit = tl.maximum(tl.max(tl.abs(product), 1), 1e-10) / fp8_max(out.dtype.element_ty)
-            tl.store(scale + token.to(tl.int64) * scale_token + head, unit, mask=token < tokens)
-            product = to_fp8(product / unit[:, None], out.dtype.element_ty)
+        if scale is not None:  # of the product as it would be stored: the codes do not depend on who codes it
+            product, scales = quantise_each(product.to(x.dtype.element_ty).to(tl.float32), out.dtype.element_ty)
+            tl.store(scale + token * tl.num_programs(0) + head, scales, mask=token < tokens)
         tl.store(to + column[None, :], product, mask=(token < tokens)[:, None] & (column < n)[None, :])
         if TAIL and tile == 0:
             past = tl.arange(0, TAIL)[None, :]
@@ -63,16 +61,18 @@ def per_head(x, w, out, tile: dict[str, int], pdl: bool) -> None:
     the last dimension of x and out is contiguous, w lies as it may."""
     heads, k, n = w.shape
     tokens, tail = len(x), x.shape[2] - k
-    scale, scale_token, coded = None, 0, isinstance(out, Fp8Rows)
-    if coded:
+    scale = None
+    if isinstance(out, Fp8Rows):
         if n != GROUP or tile["bn"] != n or tail:
             raise ValueError(f"in 8 bits a head has a scale of its own: {n} columns and {tail} more, {tile}")
-        scale, scale_token, out = out.scale, out.scale.stride(0), out.data.view(tokens, heads, n)
+        scale, out = out.scale, out.data.view(tokens, heads, n)
+    whole = max(16, next_power_of_2(k))
+    bk, stages = tile.get("bk", whole), tile.get("stages", 0)
+    if stages and (k % bk or n % tile["bn"]):
+        raise ValueError(f"{tile} does not divide {k} and {n}")
     if not tokens:
         return
-    whole = max(16, next_power_of_2(k))
     _per_head[(heads * cdiv(n, tile["bn"]), 1)](
         x, w, out, scale, tokens, k, n, x.stride(0), x.stride(1), *w.stride(), out.stride(0), out.stride(1),
-        scale_token, tail, coded, tile["bm"], tile["bn"], tile.get("bk", whole), pdl, tile.get("stages", 0),
-        num_warps=tile["warps"], **overlap(pdl),
+        tail, tile["bm"], tile["bn"], bk, pdl, stages, num_warps=tile["warps"], **overlap(pdl),
     )  # fmt: skip

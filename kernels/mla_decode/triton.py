@@ -19,7 +19,6 @@ __all__ = ["attend", "candidates", "decode_plan", "mla_decode", "plan_decode", "
 
 _SHORT = 1024  # tokens of context a request, up to which a tile may be another
 _NO_BOUND = 1 << 30
-TO_FP8 = " to fp8"  # of a projection whose result is coded, in tiles.json
 
 
 def shape_key(rows: int, kv_lora: int, rope: int, fp8: bool, max_context: int = _NO_BOUND) -> str:
@@ -145,8 +144,8 @@ def project(x: Tensor, w: Tensor, out: Tensor | Fp8Rows, tile: dict[str, int] | 
 
 
 def codes_heads(k: int, n: int) -> bool:
-    """Whether a projection can give 8 bits: a head's columns are a group, and one program holds all of its weights and
-    32 tokens."""
+    """Whether a projection can give 8 bits: a head's columns are a group, and a processor has room for its weights
+    beside some tokens."""
     return n == GROUP and 2 * next_power_of_2(k) * (n + 32) <= current().shared
 
 
@@ -168,11 +167,10 @@ def _token_tile(tokens: int, k: int) -> int:
 
 
 def projection_key(heads: int, k: int, n: int, coded: bool = False) -> str:
-    return f"per head {heads}x{k}x{n}" + (TO_FP8 if coded else "")
+    return f"per head{' to fp8' if coded else ''} {heads}x{k}x{n}"
 
 
 def projection_candidates(tokens: int, k: int, coded: bool = False) -> list[dict[str, int]]:
-    bm = _token_tile(tokens, k)
     if coded:
         heights = [height for height in (16, 32, 64) if height <= max(16, next_power_of_2(tokens))]
         whole = [{"bm": height, "warps": warps} for height in heights if height < 64 for warps in (4, 8, 16)]
@@ -184,6 +182,7 @@ def projection_candidates(tokens: int, k: int, coded: bool = False) -> list[dict
             if k % bk == 0
         ]
         return [tile | {"bn": GROUP} for tile in whole + streamed]
+    bm = _token_tile(tokens, k)
     return [
         {"bm": bm, "bn": bn, "warps": warps}
         for bn in (16, 32, 64, 128)

@@ -11,11 +11,17 @@ from kernels.tl_ops import fp8_max, let_next_begin, to_fp8, wait_ahead
 
 
 @triton.jit
+def quantise_each(groups, dtype: tl.constexpr):
+    """[N, SIZE] float32 to (e4m3 [N, SIZE], float32 [N])."""
+    scale = tl.maximum(tl.max(tl.abs(groups), 1), 1e-10) / fp8_max(dtype)
+    return to_fp8(groups / scale[:, None], dtype), scale
+
+
+@triton.jit
 def quantise_groups(x, dtype: tl.constexpr, WIDTH: tl.constexpr, SIZE: tl.constexpr):
     """[WIDTH] float32 to (e4m3 [WIDTH], float32 [WIDTH / SIZE])."""
-    groups = tl.reshape(x, [WIDTH // SIZE, SIZE])
-    scale = tl.maximum(tl.max(tl.abs(groups), 1), 1e-10) / fp8_max(dtype)
-    return tl.reshape(to_fp8(groups / scale[:, None], dtype), [WIDTH]), scale
+    coded, scale = quantise_each(tl.reshape(x, [WIDTH // SIZE, SIZE]), dtype)
+    return tl.reshape(coded, [WIDTH]), scale
 
 
 @triton.jit

@@ -131,8 +131,8 @@ class Model:
 
     def around_attention(self, batch: Batch, cache: Cache, work: Work) -> Iterator[int]:
         """A pass without its attention: yields the number of each layer whose attention is to read work.q and to write
-        work.out. On a GPU what is launched between two of them depends on the number of rows alone, and on whether
-        they are prefill."""
+        work.out, or in 8 bits work.gpu.attended (see `attention`). On a GPU what is launched between two of them
+        depends on the number of rows alone, and on whether they are prefill."""
         weights, eps, feed = self.weights, self.config.eps, batch.feed
         if feed is None:
             torch.index_select(weights.embedding, 0, batch.tokens, out=work.h)

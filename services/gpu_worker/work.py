@@ -90,7 +90,7 @@ class GpuWork:
     experts: ExpertWork | None  # where the routed experts are in this process
     slots: Tensor | None  # int32 [T, peers], where they are not: where the shards' sums will lie
     coded: Fp8Rows | None  # [T, hidden], the normed rows in 8 bits
-    attended: Fp8Rows | None  # [T, heads * v_dim]
+    attended: Fp8Rows | None  # [T, heads * v_dim], Work.out in 8 bits, or instead of it
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Work:
     h: Tensor  # [T, hidden], the residual stream
     x: Tensor  # [T, hidden], normed
     q: Tensor  # [T, heads, nope + rope]
-    out: Tensor  # [T, heads, v_dim], attention's
+    out: Tensor  # [T, heads, v_dim], attention's, where it is not in 8 bits from the start
     ids: Tensor  # [T, topk (+ shared)], int32 on a GPU
     weights: Tensor  # float32 [T, topk (+ shared)]
     gpu: GpuWork | None = None
