@@ -203,12 +203,23 @@ def drawing(title: str, runs: Sequence[bytes]) -> str:
     return plot.svg(title, "tok/s a user (1000 / median TPOT in ms)", "tok/s a GPU, input and output", curves)
 
 
-def model_of(url: str, key: str) -> str:
-    """The first that the endpoint names. Raises RuntimeError where it names none."""
+def model_of(options: argparse.Namespace) -> tuple[str, int]:
+    """(the model that is asked, its context, 0 where nobody says). Raises RuntimeError where there is none."""
+    if not options.model:
+        return next(iter(models(options.url, options.key).items()))
+    with contextlib.suppress(RuntimeError):
+        return options.model, models(options.url, options.key).get(options.model, 0)
+    return options.model, 0
+
+
+def models(url: str, key: str) -> dict[str, int]:
+    """Those that the endpoint names, at least one, and their contexts. Raises RuntimeError where it names none."""
     try:
         asked = urllib.request.Request(f"{url}/models", headers={"authorization": f"Bearer {key}"})
         with urllib.request.urlopen(asked, timeout=30) as answer:
-            return msgspec.json.decode(answer.read())["data"][0]["id"]
+            found = msgspec.json.decode(answer.read())["data"]
+            found[0]["id"]  # at least one
+            return {one["id"]: one.get("max_model_len") or 0 for one in found}
     except urllib.error.HTTPError as error:
         error.close()
         raise RuntimeError(f"{url}/models answers HTTP {error.code}: check --url and --key") from None
@@ -291,7 +302,9 @@ def main() -> None:
     options = read_options(sys.argv[1:])
     try:
         with serving(options):
-            passed = uvloop.run(run(options, options.model or model_of(options.url, options.key)))
+            model, context = model_of(options)
+            options.beside_output = options.beside_output or beside.longest_output(context, options.beside_input)
+            passed = uvloop.run(run(options, model))
     except RuntimeError as error:
         sys.exit(f"FAILED: {error}")
     sys.exit(0 if passed else 1)

@@ -157,7 +157,7 @@ class Checkpoint:
                 raise ConfigError(f"{index} is malformed: {error!r}") from None
         paths = sorted(self.folder.glob("*.safetensors"))
         if not paths:
-            raise ConfigError(f"{self.folder} holds no .safetensors file")
+            raise ConfigError(f"{self.folder} holds no .safetensors file, and MOECULE_WEIGHTS=random would need none")
         return paths
 
 

@@ -16,6 +16,7 @@ from common.tracing import check_traces
 def check_all(settings: Settings) -> None:
     check_device(settings)
     check_model(settings)
+    check_weights(settings)
     check_traces(settings)
     check_api_keys(settings)
     if check_nats_port(settings):
@@ -42,6 +43,14 @@ def check_model(settings: Settings) -> None:
     from common.model_config import ModelConfig  # needed by this check alone
 
     ModelConfig.load(settings.model, settings.weights)
+
+
+def check_weights(settings: Settings) -> None:
+    if settings.weights == "checkpoint" and not any(Path(settings.model).glob("*.safetensors")):
+        raise ConfigError(
+            f"the model folder {settings.model!r} (MOECULE_MODEL) holds no .safetensors file: with "
+            "MOECULE_WEIGHTS=random weights are drawn, from its config.json alone"
+        )
 
 
 def check_api_keys(settings: Settings) -> None:

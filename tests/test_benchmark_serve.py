@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import serve, shapes
+from benchmarks.beside import longest_output
 from common.errors import Overloaded
 from common.messages import Generate
 from common.settings import Settings
@@ -246,6 +247,21 @@ async def test_an_itl_above_the_bound(front: Front, capsys: pytest.CaptureFixtur
     arguments = ("--beside", 1, "--beside-output", 3000, "--input", 20, "--seconds", 0.2, "--arrivals", 2)
     assert not await run(front, *arguments, "--bound", 0.01)
     assert "bound 0.01 ms: FAIL" in capsys.readouterr().out
+
+
+async def test_running_streams_are_as_long_as_the_context_allows(front: Front) -> None:
+    options = serve.read_options(["--url", f"http://127.0.0.1:{front.gateway.port}/v1", "--beside", "1"])
+    assert await asyncio.to_thread(serve.model_of, options) == ("tiny", 4096)
+    options.model = "another"
+    assert await asyncio.to_thread(serve.model_of, options) == ("another", 0)
+    assert [longest_output(context, 128) for context in (0, 4096, 9344, 100)] == [8192, 3968, 8192, 1]
+
+
+async def test_a_refused_prompt_is_the_one_reason(front: Front, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--beside", 1, "--beside-output", 3000, "--input", 9000, "--seconds", 0.2, "--arrivals", 1)
+    assert not await run(front, *arguments)
+    out = capsys.readouterr().out
+    assert "HTTP 400" in out and "raise --seconds" not in out
 
 
 async def test_streams_that_do_not_last(front: Front, capsys: pytest.CaptureFixture[str]) -> None:

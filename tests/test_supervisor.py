@@ -235,6 +235,14 @@ def test_the_check_names_what_is_wrong(family: Family, setting: str, value: str,
     assert rest(check) == f"moecule: {sentence}\n" and check.returncode == 78
 
 
+def test_the_check_finds_a_model_without_weights(family: Family, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes((Path("models/tiny") / "config.json").read_bytes())
+    check = family.supervise("--check", MOECULE_MODEL=str(tmp_path))
+    assert "holds no .safetensors file: with MOECULE_WEIGHTS=random" in rest(check) and check.returncode == 78
+    check = family.supervise("--check", MOECULE_MODEL=str(tmp_path), MOECULE_WEIGHTS="random")
+    assert rest(check) == "" and check.returncode == 0
+
+
 def test_the_check_passes_and_says_nothing(family: Family):
     check = family.supervise("--check")
     assert rest(check) == "" and check.returncode == 0
