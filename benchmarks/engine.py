@@ -1,7 +1,7 @@
 """The engine alone, without HTTP or NATS, on one GPU with random weights: TPOT, prefill, and what bounds them.
 
 python -m benchmarks.engine --shape v2-lite --points 1024x4,1024x16,1024x64,8192x4 --output 1024 --rounds 5
-python -m benchmarks.engine --shape r1 --layers 11 --output 192
+python -m benchmarks.engine --shape r1 --layers 11 --output 192 [--peer after]
 python -m benchmarks.engine --points 1024x16,1024x64 --link mailbox --shards 2 [--workers 2]
 
 TPOT = (time of a run - time of the same run with one output token) / (output - 1), the whole batch submitted at once.
@@ -10,7 +10,8 @@ of others in between: what benchmarks.serve is to be compared with.
 The floor counts the bytes that a step must read: all weights but the routed experts' that no token chose (counted in
 the last layer, in every step), and the cache at the starting context.
 
-`--link mailbox`: then the same with the experts in processes of their own, all on this GPU under MPS, and with
+`--peer`: vLLM too, half of the GPU each, in turn in every round; `--peer after`: after ours, where both do not fit
+(R1). `--link mailbox`: then the same with the experts in processes of their own, all on this GPU under MPS, and with
 `--workers 2` beside a second worker, which is stopped in the middle of a run.
 """
 
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -296,7 +297,10 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=outputs, default=1024, help="tokens of each stream (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of each point; medians count (default %(default)s)")
     parser.add_argument("--chunk", type=int, default=8192, help="prompt tokens a step (default %(default)s)")
-    parser.add_argument("--peer", action="store_true", help="alternate with vLLM, where it can be imported")
+    parser.add_argument(
+        "--peer", nargs="?", choices=("beside", "after"), const="beside",
+        help="measure vLLM too, where it can be imported: in turn with ours (beside: what --peer alone is), or after",
+    )  # fmt: skip
     parser.add_argument("--memory", type=float, default=0.0, help="share of the GPU, default 0.92, beside a peer 0.47")
     parser.add_argument("--temperature", type=float, default=1.0, help="(default %(default)s)")
     parser.add_argument(
@@ -333,22 +337,24 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     ceiling, batch = ceilings(), max(n for _, n in arguments.points)
     context = max(inputs for inputs, _ in arguments.points) + arguments.output + 64
-    memory = arguments.memory or (0.47 if arguments.peer else 0.92)
+    memory = arguments.memory or (0.47 if arguments.peer == "beside" else 0.92)
     config, weights, stacks = load(arguments.shape, arguments.layers, arguments.apart)
     started = time.perf_counter()
     settings: dict[str, Any] = dict(max_batch=batch, max_context=context, chunk_tokens=arguments.chunk, memory=memory)
     bench = Bench(config, weights, stacks, **settings)
     progress(f"engine ready after {time.perf_counter() - started:.1f} s")
     peer = None
-    if arguments.peer:
-        folder = write_config(arguments.shape, arguments.layers, Path(tempfile.mkdtemp()))
+    folder = write_config(arguments.shape, arguments.layers, Path(tempfile.mkdtemp()))
+    if arguments.peer == "beside":
         peer = Peer(folder, batch, context, arguments.chunk, memory)
     print(head(config, arguments, ceiling["read"], stacks), flush=True)
     rows = []
+    sides: dict[str, Bench | Peer] = {"ours": bench} | ({"vllm": peer} if peer is not None else {})
     for inputs, concurrency in arguments.points:
-        row = measure(bench, peer, inputs, concurrency, arguments)
+        row = measure(sides, inputs, concurrency, arguments)
+        row["floor"] = bench.floor_bytes(concurrency, inputs, row["touched"])
         rows.append(row)
-        print(line(bench, row, ceiling["read"]), flush=True)
+        print(line(row, ceiling["read"]), flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(rows, indent=1))
         if arguments.profile:
@@ -357,22 +363,31 @@ def run(arguments: argparse.Namespace) -> None:
     bench.engine.stop()
     if peer is not None:
         peer.close()
+    stacks.clear()
+    sides.clear()
+    del bench, weights
+    gc.collect()
+    torch.cuda.empty_cache()
+    if arguments.peer == "after":
+        peer = Peer(folder, batch, context, arguments.chunk, memory)
+        print("\nand vLLM after ours:\n")
+        for row in rows:
+            row |= {"vllm": measure({"vllm": peer}, row["input"], row["concurrency"], arguments)["vllm"]}
+            print(line(row, ceiling["read"]), flush=True)
+        peer.close()
     if arguments.link == "mailbox":
         from benchmarks.split import run_split
 
-        stacks.clear()
-        del bench, weights
-        gc.collect()
-        torch.cuda.empty_cache()
         rows += run_split(arguments, settings, list(rows))
-        if arguments.json:
-            arguments.json.write_text(json.dumps(rows, indent=1))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
 
 
-def measure(bench: Bench, peer: Peer | None, inputs: int, concurrency: int, arguments: argparse.Namespace) -> dict:
-    """Rounds of ours and the peer's in turn."""
-    sides: dict[str, Bench | Peer] = {"ours": bench} | ({"vllm": peer} if peer is not None else {})
-    row: dict = {"input": inputs, "concurrency": concurrency, "busy": [], "stream": [], "touched": 0.0}
+def measure(
+    sides: Mapping[str, Bench | Peer], inputs: int, concurrency: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Rounds of each side in turn."""
+    row: dict[str, Any] = {"input": inputs, "concurrency": concurrency, "busy": [], "stream": [], "touched": 0.0}
     for name, side in sides.items():
         side.seconds(inputs, concurrency, 8, arguments.temperature)  # warm
         row[name] = {"prefill": [], "tpot": []}
@@ -382,10 +397,10 @@ def measure(bench: Bench, peer: Peer | None, inputs: int, concurrency: int, argu
             total = side.seconds(inputs, concurrency, arguments.output, arguments.temperature)
             row[name]["prefill"].append(prefill)
             row[name]["tpot"].append(1e3 * (total - prefill) / (arguments.output - 1))
-            if side is bench:
-                row["busy"].append(bench.watch.busy / total)
-                row["touched"] = bench.watch.touched(concurrency)
-                row["stream"].append(bench.run.stream_tpot())
+            if isinstance(side, Bench):
+                row["busy"].append(side.watch.busy / total)
+                row["touched"] = side.watch.touched(concurrency)
+                row["stream"].append(side.run.stream_tpot())
             latest = row[name]["tpot"][-1]
             progress(f"{inputs} x {concurrency}, {name}: {latest:.3f} ms, prefill {prefill:.3f} s")
     return row
@@ -403,10 +418,10 @@ def head(config: ModelConfig, arguments: argparse.Namespace, read: float, stacks
     )
 
 
-def line(bench: Bench, row: dict, read: float) -> str:
+def line(row: dict, read: float) -> str:
     inputs, concurrency = row["input"], row["concurrency"]
     ours, prefill = statistics.median(row["ours"]["tpot"]), statistics.median(row["ours"]["prefill"])
-    floor = bench.floor_bytes(concurrency, inputs, row["touched"]) / read / 1e9
+    floor = row["floor"] / read / 1e9
     cells = [
         f"{inputs} x {concurrency}", f"{ours:.2f}", f"{min(row['ours']['tpot']):.2f}",
         f"{statistics.median(row['stream']):.2f}", f"{1 - statistics.median(row['busy']):.3f}", f"{floor:.2f}",

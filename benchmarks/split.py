@@ -57,7 +57,7 @@ def run_split(arguments: argparse.Namespace, settings: dict[str, Any], local: li
         progress(f"split engine ready after {took:.1f} s; slabs of {layout.bytes() / 1e6:.0f} MB")
         print(HEAD.format(arguments.shards), flush=True)
         for before in local:
-            row = measure(bench, None, before["input"], before["concurrency"], arguments)
+            row = measure({"ours": bench}, before["input"], before["concurrency"], arguments)
             rows.append(row)
             print(line(row, before), flush=True)
         if other is not None:

@@ -48,6 +48,29 @@ def test_what_the_engine_cannot_measure(
     assert ended.value.code == 2 and says in capsys.readouterr().err
 
 
+class Side:
+    """An engine whose prompts take 2 s, and a token `token` s."""
+
+    def __init__(self, token: float) -> None:
+        self.token = token
+
+    def seconds(self, inputs: int, concurrency: int, outputs: int, temperature: float) -> float:
+        return 2 + self.token * (outputs - 1)
+
+
+def test_a_line_beside_a_peer() -> None:
+    """Whether it was measured in turn or after."""
+    arguments = engine.command_line().parse_args(["--rounds", "2", "--output", "11", "--peer", "after"])
+    assert arguments.peer == "after" and engine.command_line().parse_args(["--peer"]).peer == "beside"
+    row = engine.measure({"ours": Side(0.004)}, 1024, 8, arguments) | {"busy": [0.9], "stream": [5.0], "floor": 4e9}
+    alone = engine.line(row, 4.0)
+    row["vllm"] = engine.measure({"vllm": Side(0.006)}, 1024, 8, arguments)["vllm"]
+    cells = [cell.strip() for cell in engine.line(row, 4.0).strip("|").split("|")]
+    assert cells[:7] == ["1024 x 8", "4.00", "4.00", "5.00", "0.100", "1.00", "4.00"]
+    assert cells[-4:] == ["2.000", "4096", "6.00 (1.50x)", "2.000 (1.00x)"]
+    assert alone.count("|") == engine.line(row, 4.0).count("|") and "x)" not in alone
+
+
 def test_points_and_outputs() -> None:
     assert engine.command_line().parse_args([]).output == 1024
     assert engine.command_line().parse_args(["--output", "2"]).output == 2
