@@ -343,10 +343,12 @@ def run(arguments: argparse.Namespace) -> None:
     settings: dict[str, Any] = dict(max_batch=batch, max_context=context, chunk_tokens=arguments.chunk, memory=memory)
     bench = Bench(config, weights, stacks, **settings)
     progress(f"engine ready after {time.perf_counter() - started:.1f} s")
-    peer = None
-    folder = write_config(arguments.shape, arguments.layers, Path(tempfile.mkdtemp()))
-    if arguments.peer == "beside":
-        peer = Peer(folder, batch, context, arguments.chunk, memory)
+
+    def new_peer() -> Peer:
+        folder = write_config(arguments.shape, arguments.layers, Path(tempfile.mkdtemp()))
+        return Peer(folder, batch, context, arguments.chunk, memory)
+
+    peer = new_peer() if arguments.peer == "beside" else None
     print(head(config, arguments, ceiling["read"], stacks), flush=True)
     rows = []
     sides: dict[str, Bench | Peer] = {"ours": bench} | ({"vllm": peer} if peer is not None else {})
@@ -369,10 +371,10 @@ def run(arguments: argparse.Namespace) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     if arguments.peer == "after":
-        peer = Peer(folder, batch, context, arguments.chunk, memory)
+        peer = new_peer()
         print("\nand vLLM after ours:\n")
         for row in rows:
-            row |= {"vllm": measure({"vllm": peer}, row["input"], row["concurrency"], arguments)["vllm"]}
+            row["vllm"] = measure({"vllm": peer}, row["input"], row["concurrency"], arguments)["vllm"]
             print(line(row, ceiling["read"]), flush=True)
         peer.close()
     if arguments.link == "mailbox":

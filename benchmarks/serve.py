@@ -204,9 +204,12 @@ def drawing(title: str, runs: Sequence[bytes]) -> str:
 
 
 def model_of(options: argparse.Namespace) -> tuple[str, int]:
-    """(the model that is asked, its context, 0 where nobody says). Raises RuntimeError where there is none."""
+    """(the model that is asked, its context, 0 where nobody says). Raises RuntimeError where there is none. The context
+    counts beside running streams alone: else nobody is asked about a model that is named."""
     if not options.model:
         return next(iter(models(options.url, options.key).items()))
+    if not options.beside:
+        return options.model, 0
     with contextlib.suppress(RuntimeError):
         return options.model, models(options.url, options.key).get(options.model, 0)
     return options.model, 0

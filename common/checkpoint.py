@@ -16,9 +16,9 @@ from torch import Tensor
 from common.errors import ConfigError
 from common.source import CODED, Progress, Read, empty, put
 from common.transfer import Transfer, open_file, read_into, transfer
+from common.weight_files import weight_files
 from kernels.quant import GROUP, Fp8Blocks, dequantise
 
-INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -51,7 +51,7 @@ class Checkpoint:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._entries: dict[str, Entry] = {}
-        for path in self._paths():
+        for path in weight_files(self.folder):
             self._entries |= _read_header(path)
 
     def names(self) -> Iterable[str]:
@@ -145,20 +145,6 @@ class Checkpoint:
             return self._entries[name]
         except KeyError:
             raise ConfigError(f"{self.folder}: tensor {name} is missing") from None
-
-    def _paths(self) -> list[Path]:
-        index = self.folder / INDEX
-        if index.exists():
-            try:
-                return [
-                    self.folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                ]
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConfigError(f"{index} is malformed: {error!r}") from None
-        paths = sorted(self.folder.glob("*.safetensors"))
-        if not paths:
-            raise ConfigError(f"{self.folder} holds no .safetensors file, and MOECULE_WEIGHTS=random would need none")
-        return paths
 
 
 def _read_header(path: Path) -> dict[str, Entry]:

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 from common.errors import ConfigError
 from common.settings import NATS_URL_WORDS, Settings, unknown_settings, without_login
 from common.tracing import check_traces
+from common.weight_files import weight_files
 
 
 def check_all(settings: Settings) -> None:
@@ -46,11 +47,8 @@ def check_model(settings: Settings) -> None:
 
 
 def check_weights(settings: Settings) -> None:
-    if settings.weights == "checkpoint" and not any(Path(settings.model).glob("*.safetensors")):
-        raise ConfigError(
-            f"the model folder {settings.model!r} (MOECULE_MODEL) holds no .safetensors file: with "
-            "MOECULE_WEIGHTS=random weights are drawn, from its config.json alone"
-        )
+    if settings.weights == "checkpoint":
+        weight_files(Path(settings.model))
 
 
 def check_api_keys(settings: Settings) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from common.checkpoint import INDEX, Checkpoint
+from common.checkpoint import Checkpoint
 from common.errors import ConfigError
+from common.weight_files import INDEX
 
 
 def bytes_read() -> int:

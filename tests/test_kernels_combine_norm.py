@@ -11,7 +11,7 @@ from kernels.combine_norm.naive import SlotRows
 from kernels.quant.naive import Fp8Rows, dequantise
 from kernels.quant.naive import quantise_rows as naive_rows
 from kernels.quant.triton import quantise_rows
-from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, same_from_graph
+from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, same_codes, same_from_graph
 
 Parts = tuple[Tensor | SlotRows, ...]
 
@@ -41,7 +41,7 @@ def check(tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, k
     quantised = kind == "in 8 bits"
     out = Fp8Rows.empty(tokens, hidden, DEVICE) if quantised else torch.empty_like(residual)
     coded = Fp8Rows.empty(tokens, hidden, DEVICE) if kind == "both" else None
-    poison(out, *(() if coded is None else (coded,)))
+    poison(*(rows for rows in (out, coded) if rows is not None))
     # Of a few values the rounding to fp8 alone may come to 3 %: the naive version rounds, too.
     want = Fp8Rows.empty(tokens, hidden, DEVICE) if quantised else torch.empty(tokens, hidden, device=DEVICE)
     want_residual = residual.float().clone()
@@ -55,7 +55,7 @@ def check(tokens: int, hidden: int, dense: int, topk: int, dtype: torch.dtype, k
     if coded is not None and isinstance(out, Tensor):
         alone = Fp8Rows.empty(tokens, hidden, DEVICE)
         quantise_rows(out, alone)
-        assert coded.data.view(torch.uint8).equal(alone.data.view(torch.uint8)) and coded.scale.equal(alone.scale)
+        assert same_codes(coded, alone)
 
 
 def test_naive_codes_what_it_normed() -> None:
@@ -64,7 +64,7 @@ def test_naive_codes_what_it_normed() -> None:
     poison(coded)
     naive.combine_norm(residual, parts, weight, 1e-3, out, coded)
     naive_rows(out, alone)
-    assert coded.data.view(torch.uint8).equal(alone.data.view(torch.uint8)) and coded.scale.equal(alone.scale)
+    assert same_codes(coded, alone)
     with pytest.raises(ValueError, match="8 bits alone"):
         triton.combine_norm(residual, parts, weight, 1e-3, alone, coded)
 

@@ -19,7 +19,7 @@ from kernels.link.layout import ABORT_AT, ALIGN, FLAGS_AT, Region, SlabLayout
 from kernels.link.triton import combine, dispatch, give_back, take, tile_rule, wait
 from kernels.link.views import ABORT, SENT, STEP, Peers, Requests
 from kernels.quant.naive import Fp8Rows, quantise_rows
-from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison
+from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, same
 
 EXPERTS = 12
 BOOT = 0x1234567
@@ -143,10 +143,6 @@ def batch_of(layout: SlabLayout, tokens: int) -> Batch:
     ids[torch.rand(tokens, layout.topk, device=DEVICE) < 0.2] = -1
     owner = torch.randint(layout.peers, (EXPERTS,), dtype=torch.int32, device=DEVICE)
     return Batch(x, ids, torch.rand(tokens, layout.topk, device=DEVICE), owner)
-
-
-def same(got: Tensor, want: Tensor) -> bool:
-    return torch.equal(got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
 
 
 def check_requests(got: Requests, want: Requests, tokens: int) -> None:

@@ -15,7 +15,7 @@ from kernels.mla_decode.plan import DecodePlan
 from kernels.quant.naive import GROUP, Fp8Rows, quantise_rows
 from kernels.quant.triton import quantise_rows as quantise_on_device
 from kernels.target import current
-from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, same_from_graph
+from tests.kernel_checks import DEVICE, TOLERANCE, either_device, error_ratio, poison, same_codes, same_from_graph
 
 GPU = DEVICE == "cuda"
 STREAMED = {"bm": 32, "bn": GROUP, "warps": 8, "bk": 64, "stages": 4}
@@ -128,7 +128,7 @@ def check_coded(tokens: int, heads: int, latent: int, dtype: torch.dtype, tile: 
     # The same tile: another sums in another order.
     triton.project(x, w, wide, tile or triton.projection_rule(tokens, heads, latent, GROUP, coded=True))
     quantise_on_device(wide.flatten(1), want)
-    assert out.data.view(torch.uint8).equal(want.data.view(torch.uint8)) and out.scale.equal(want.scale)
+    assert same_codes(out, want)
 
 
 @either_device

@@ -138,11 +138,13 @@ def projection(name: str, tokens: int, k: int, n: int, tail: int, kept: bool, co
             x = torch.randn(tokens, heads, k + tail, device="cuda", dtype=torch.bfloat16)
             w = torch.randn(heads, *((k, n) if kept else (n, k)), device="cuda", dtype=torch.bfloat16)
             w = w if kept else w.mT
-            out: Tensor | Fp8Rows = torch.empty(tokens, heads, n + tail, device="cuda", dtype=torch.bfloat16)
-            if coded:
-                out = Fp8Rows.empty(tokens, heads * n, "cuda")
             if library:
                 return lambda: torch.bmm(x[..., :k].transpose(0, 1), w)
+            out: Tensor | Fp8Rows
+            if coded:
+                out = Fp8Rows.empty(tokens, heads * n, "cuda")
+            else:
+                out = torch.empty(tokens, heads, n + tail, device="cuda", dtype=torch.bfloat16)
             return lambda: triton.project(x, w, out, tile)
 
         return [one() for _ in range(sets(size))]

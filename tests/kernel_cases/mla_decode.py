@@ -10,7 +10,6 @@ from kernels.target import current
 from tests.kernel_cases import Case
 
 LATENT, ROPE = 512, 64
-PIECES = {"bk": 128, "stages": 4}
 
 
 def launch(
@@ -42,7 +41,8 @@ def project(heads: int, tokens: int) -> None:
         coded = Fp8Rows.empty(tokens, heads * 128, "cpu", current().fp8)
         triton.project(latent, w_uv, coded)
         if current().arch == "sm_90":  # the others have no measured tiles
-            triton.project(latent, w_uv, coded, {"bm": min(64, max(32, tokens)), "bn": 128, "warps": 8} | PIECES)
+            pieces = {"bm": min(64, max(32, tokens)), "bn": 128, "warps": 8, "bk": 128, "stages": 4}
+            triton.project(latent, w_uv, coded, pieces)
 
 
 CASES = [
