@@ -185,6 +185,7 @@ def test_a_client_that_leaves_is_an_abort(running: Cluster, client: openai.OpenA
     with httpx.stream("POST", url, json=body | {"stream": True}) as answer:
         lines = answer.iter_lines()
         first = next(lines)
+        assert answer.status_code == 200, f"{first}\n{running.output()[-3000:]}"
         try:
             wait_until(lambda: metric(running, "moecule_num_requests_running") == 1, 1, "the request does not run")
         except AssertionError:  # seen under load, not yet why: what the stream and the actors say is to tell
