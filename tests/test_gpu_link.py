@@ -24,7 +24,8 @@ from services.expert_shard.stacks import load_stacks
 from services.gpu_worker.weights import load_weights
 from tests.engine_rig import ask
 from tests.gpu_link_rig import LinksInProcess
-from tests.test_gpu_engine import LIMIT, SHAPES, WIDTHS, Served, prompts
+from tests.test_gpu_engine import LIMIT, SHAPES, WIDTHS, Heard, Served, prompts, row_errors, told
+from tests.test_model import error_ratio
 from tests.tiny_models import make_model, write_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -134,22 +135,30 @@ def scores(served: Served, requests: list[Generate]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("shards", "slice_rows"), [(2, 1 << 20), (3, 1 << 20), (2, 64)])
-def test_shards_and_slices_change_little(folder: Path, shards: int, slice_rows: int) -> None:
-    """Close class, teacher-forced; all requests end."""
+def test_shards_and_slices_change_little(
+    folder: Path, shards: int, slice_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Close class, teacher-forced; all requests end. (A choice of experts that turns over changes a row by more, so of
+    logits the row in the median is held.)"""
     vocab = ModelConfig.load(folder).vocab
     requests = [
         ask(f"r{i}", p, max_tokens=24, temperature=1.0, seed=i, prompt_logprobs=0, ignore_eos=True)
         for i, p in enumerate(prompts(5, 150, vocab))
     ]
     local = Local(folder)
-    local.run(*requests)
-    local.engine.stop()
+    with monkeypatch.context() as patch:
+        heard = Heard(local, patch)
+        local.run(*requests)
+        local.engine.stop()
     linked = Linked(folder, shards, local.sizes, slice_rows=slice_rows)
-    assert [len(tokens) for tokens in linked.run(*requests)] == [24] * len(requests)
-    linked.stop()
-    want = scores(local, requests)
-    error = (scores(linked, requests) - want).square().mean().sqrt() / want.square().mean().sqrt()
-    assert float(error) < LIMIT
+    with monkeypatch.context() as patch:
+        linked_heard = Heard(linked, patch)
+        assert [len(tokens) for tokens in linked.run(*requests)] == [24] * len(requests)
+        linked.stop()
+    assert error_ratio(scores(linked, requests), scores(local, requests)) < LIMIT
+    got, want = linked_heard.prompts(requests), heard.prompts(requests)
+    told(f"{shards} shards, slices of {slice_rows}", got, want)
+    assert float(row_errors(got, want).median()) < LIMIT / 2
 
 
 def test_a_shard_that_stops_ends_its_requests_with_a_reason() -> None:
