@@ -7,6 +7,7 @@ python -m benchmarks.engine --points 1024x16,1024x64 --link mailbox --shards 2 [
 TPOT = (time of a run - time of the same run with one output token) / (output - 1), the whole batch submitted at once.
 A stream's TPOT is the median of what its client would measure, from its own first token to its last, with the prompts
 of others in between: what benchmarks.serve is to be compared with.
+GPU idle is the share of the time between the graphs of one decode step and those of the next.
 The floor counts the bytes that a step must read: all weights but the routed experts' that no token chose (counted in
 the last layer, in every step), and the cache at the starting context.
 
@@ -31,10 +32,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import triton
 
@@ -51,7 +53,6 @@ from services.gpu_worker.engine import Engine, StepOutput
 from services.gpu_worker.gpu_engine import make_engine
 from services.gpu_worker.graphs import GpuRunner, UnderWay
 from services.gpu_worker.planner import Plan
-from services.gpu_worker.runner import Computed
 from services.gpu_worker.weights import Weights, load_weights
 
 
@@ -92,23 +93,48 @@ class Run:
 MOST_STEPS = 4096  # whose routing is kept
 
 
+class Timed:
+    """A graph, and when the GPU began and ended it each time."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, times: list[torch.cuda.Event]) -> None:
+        self._graph, self._times = graph, times
+
+    def replay(self) -> None:
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        self._graph.replay()
+        ended.record()
+        self._times += (began, ended)
+
+
 class Watch:
-    """What the runner does in a run: how long its steps take on the GPU, and which experts the last layer chose."""
+    """What the runner does in a run: how long the GPU has nothing to do between decode steps, how long the host works
+    on a step, and which experts the last layer chose."""
 
     def __init__(self, runner: GpuRunner, topk: int) -> None:
-        self._runner, self._launch, self._finish = runner, runner.launch, runner.finish
-        self._topk, self.busy = topk, 0.0
+        self._runner, self._launch = runner, runner.launch
+        self._topk = topk
         rows = max(runner.graphs)
         columns = next(iter(runner.works.values())).ids.shape[1]
         self._ids = torch.zeros(MOST_STEPS, rows, columns, dtype=torch.int32, device="cuda")
         self._decodes: list[int] = []
-        runner.launch, runner.finish = self.launch, self.finish  # type: ignore[method-assign]
+        self._times: list[torch.cuda.Event] = []  # of the step that is being launched: its graphs' beginnings and ends
+        self._steps: list[tuple[torch.cuda.Event, torch.cuda.Event] | None] = []  # None: one with prompts
+        self._host: list[float] = []  # CPU seconds of the engine's thread, at each launch
+        for size, graph in runner.graphs.items():
+            timed = {name: Timed(getattr(graph, name), self._times) for name in ("forward", "greedy", "random")}
+            runner.graphs[size] = replace(graph, **timed)  # type: ignore[arg-type]
+        runner.launch = self.launch  # type: ignore[method-assign]
 
     def reset(self) -> None:
-        self.busy, self._decodes = 0.0, []
+        for noted in (self._decodes, self._steps, self._host):
+            noted.clear()
 
     def launch(self, plan: Plan) -> UnderWay:
+        self._times.clear()
+        self._host.append(time.thread_time())
         launched = self._launch(plan)
+        self._steps.append(None if plan.prefills or not self._times else (self._times[0], self._times[-1]))
         if plan.decodes and len(self._decodes) < MOST_STEPS:
             count = len(plan.decodes)
             bucket = self._runner.bucket(count)
@@ -116,10 +142,21 @@ class Watch:
             self._decodes.append(count)
         return launched
 
-    def finish(self, launched: UnderWay) -> Computed:
-        computed = self._finish(launched)
-        self.busy += computed.seconds
-        return computed
+    def idle(self) -> float:
+        """The share of the time between steps of decodes alone in which none of their graphs ran."""
+        torch.cuda.synchronize()
+        gaps = whole = 0.0
+        for one, after in itertools.pairwise(self._steps):
+            if one is not None and after is not None:
+                gaps += one[1].elapsed_time(after[0])
+                whole += one[0].elapsed_time(after[0])
+        return gaps / whole if whole else float("nan")
+
+    def host_us(self) -> float:
+        """Microseconds of the engine's thread from one launch of decodes alone to the next, in the median."""
+        steps = zip(itertools.pairwise(self._steps), itertools.pairwise(self._host), strict=True)
+        found = [1e6 * (after - one) for (a, b), (one, after) in steps if a is not None and b is not None]
+        return statistics.median(found) if found else float("nan")
 
     def touched(self, decodes: int) -> float:
         """Experts that a step of so many decodes touched, on average."""
@@ -137,7 +174,7 @@ class Bench:
         self.steps: list[float] = []  # when each step of the last run was told
         self.engine: Engine = make_engine(config, weights, stacks, self._emit, prefix_cache=False, **settings)
         assert isinstance(self.engine.runner, GpuRunner)
-        self.runner = self.engine.runner
+        self.runner, self.sampling = self.engine.runner, dict[str, Any]()
         self.watch = Watch(self.runner, config.topk)
         self.engine.start()
 
@@ -155,7 +192,9 @@ class Bench:
                 request_id=f"r{i}",
                 gateway_id="g",
                 prompt=tuple(draw.randrange(self.config.vocab) for _ in range(inputs)),
-                sampling=Sampling(max_tokens=outputs, temperature=temperature, seed=i, ignore_eos=True),
+                sampling=Sampling(
+                    **dict(max_tokens=outputs, temperature=temperature, seed=i, ignore_eos=True) | self.sampling
+                ),
             )
             for i in range(concurrency)
         ]
@@ -172,9 +211,9 @@ class Bench:
         assert run.tokens == concurrency * outputs, (run.tokens, concurrency * outputs)
         return run.ended - started
 
-    def profile(self, concurrency: int) -> list[tuple[str, float, float]]:
+    def profile(self, concurrency: int, replays: int = 5) -> list[tuple[str, float, float]]:
         """(kernel, launches a step, us a step) of a decode step's graphs, the longest first."""
-        replays, graph = 5, self.runner.graphs[self.runner.bucket(concurrency)]
+        graph = self.runner.graphs[self.runner.bucket(concurrency)]
 
         def steps() -> None:
             for _ in range(replays):
@@ -282,6 +321,15 @@ def outputs(text: str) -> int:
     return int(text)
 
 
+def sampling(text: str) -> dict[str, Any]:
+    try:
+        fields = msgspec.json.decode(text, type=dict[str, Any])
+        asked = msgspec.convert({"max_tokens": 1} | fields, Sampling)
+        return {name: getattr(asked, name) for name in fields}
+    except (AttributeError, msgspec.MsgspecError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON of sampling parameters: {error}") from error
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="v2-lite", help="(default %(default)s)")
@@ -303,6 +351,10 @@ def command_line() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--memory", type=float, default=0.0, help="share of the GPU, default 0.92, beside a peer 0.47")
     parser.add_argument("--temperature", type=float, default=1.0, help="(default %(default)s)")
+    parser.add_argument(
+        "--sampling", type=sampling, default={}, metavar="JSON",
+        help="""what else ours are asked for, as common.messages.Sampling names it: '{"logprobs": 5}'""",
+    )  # fmt: skip
     parser.add_argument(
         "--profile", action="store_true", help="list the kernels of a step and of the prompts on stderr"
     )
@@ -342,6 +394,7 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     settings: dict[str, Any] = dict(max_batch=batch, max_context=context, chunk_tokens=arguments.chunk, memory=memory)
     bench = Bench(config, weights, stacks, **settings)
+    bench.sampling = arguments.sampling
     progress(f"engine ready after {time.perf_counter() - started:.1f} s")
 
     def new_peer() -> Peer:
@@ -362,6 +415,9 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.profile:
             report(f"decode, {concurrency} streams", bench.profile(concurrency))
             report(f"prefill of {concurrency} x {inputs}", bench.profile_prefill(inputs, concurrency))
+    for row in rows:  # last, for a profiler leaves launches slower than they were
+        row["launches"] = sum(count for _, count, _ in bench.profile(row["concurrency"], 1))
+    print("\n" + "\n".join(map(steps_line, rows)) + "\n", flush=True)
     bench.engine.stop()
     if peer is not None:
         peer.close()
@@ -389,7 +445,8 @@ def measure(
     sides: Mapping[str, Bench | Peer], inputs: int, concurrency: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """Rounds of each side in turn."""
-    row: dict[str, Any] = {"input": inputs, "concurrency": concurrency, "busy": [], "stream": [], "touched": 0.0}
+    row: dict[str, Any] = {"input": inputs, "concurrency": concurrency, "touched": 0.0}
+    row |= {"idle": [], "host_us": [], "stream": []}
     for name, side in sides.items():
         side.seconds(inputs, concurrency, 8, arguments.temperature)  # warm
         row[name] = {"prefill": [], "tpot": []}
@@ -400,7 +457,8 @@ def measure(
             row[name]["prefill"].append(prefill)
             row[name]["tpot"].append(1e3 * (total - prefill) / (arguments.output - 1))
             if isinstance(side, Bench):
-                row["busy"].append(side.watch.busy / total)
+                row["idle"].append(side.watch.idle())
+                row["host_us"].append(side.watch.host_us())
                 row["touched"] = side.watch.touched(concurrency)
                 row["stream"].append(side.run.stream_tpot())
             latest = row[name]["tpot"][-1]
@@ -426,7 +484,7 @@ def line(row: dict, read: float) -> str:
     floor = row["floor"] / read / 1e9
     cells = [
         f"{inputs} x {concurrency}", f"{ours:.2f}", f"{min(row['ours']['tpot']):.2f}",
-        f"{statistics.median(row['stream']):.2f}", f"{1 - statistics.median(row['busy']):.3f}", f"{floor:.2f}",
+        f"{statistics.median(row['stream']):.2f}", f"{statistics.median(row['idle']):.3f}", f"{floor:.2f}",
         f"{ours / floor:.2f}", f"{row['touched']:.1f}",
         f"{prefill:.3f}", f"{inputs * concurrency / prefill:.0f}",
     ]  # fmt: skip
@@ -436,6 +494,13 @@ def line(row: dict, read: float) -> str:
     else:
         cells += ["", ""]
     return f"| {' | '.join(cells)} |"
+
+
+def steps_line(row: dict) -> str:
+    return (
+        f"a step of {row['concurrency']} streams: {row['launches']:.0f} launches in its graphs, "
+        f"{statistics.median(row['host_us']):.0f} us of the engine's thread"
+    )
 
 
 def report(what: str, kernels: list[tuple[str, float, float]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -62,13 +63,21 @@ def test_a_line_beside_a_peer() -> None:
     """Whether it was measured in turn or after."""
     arguments = engine.command_line().parse_args(["--rounds", "2", "--output", "11", "--peer", "after"])
     assert arguments.peer == "after" and engine.command_line().parse_args(["--peer"]).peer == "beside"
-    row = engine.measure({"ours": Side(0.004)}, 1024, 8, arguments) | {"busy": [0.9], "stream": [5.0], "floor": 4e9}
+    row = engine.measure({"ours": Side(0.004)}, 1024, 8, arguments) | {"idle": [0.1], "stream": [5.0], "floor": 4e9}
     alone = engine.line(row, 4.0)
     row["vllm"] = engine.measure({"vllm": Side(0.006)}, 1024, 8, arguments)["vllm"]
     cells = [cell.strip() for cell in engine.line(row, 4.0).strip("|").split("|")]
     assert cells[:7] == ["1024 x 8", "4.00", "4.00", "5.00", "0.100", "1.00", "4.00"]
     assert cells[-4:] == ["2.000", "4096", "6.00 (1.50x)", "2.000 (1.00x)"]
     assert alone.count("|") == engine.line(row, 4.0).count("|") and "x)" not in alone
+
+
+def test_sampling() -> None:
+    told = engine.command_line().parse_args(["--sampling", '{"logprobs": 5, "logit_bias": [[3, 1]]}']).sampling
+    assert told == {"logprobs": 5, "logit_bias": ((3, 1.0),)}
+    for wrong in ("{", "[1]", '{"logprobs": "five"}', '{"log_probs": 5}'):
+        with pytest.raises(argparse.ArgumentTypeError, match="no JSON of sampling parameters"):
+            engine.sampling(wrong)
 
 
 def test_points_and_outputs() -> None:
