@@ -64,6 +64,7 @@ class ModelConfig:
     bos_id: int | None
     fp8: bool  # the file's linear weights are e4m3 with one scale a block of 128x128
     fingerprint: str  # of config.json and the weight files' names and sizes, or of config.json and "random"
+    nextn_layers: int = 0  # in the file beside `layers`: they predict several tokens (MTP), and are not read
 
     def context_within(self, limit: int) -> int:
         """The longest prompt plus output, in tokens, under the setting max_context (0: the model's own)."""
@@ -96,7 +97,7 @@ class ModelConfig:
     @classmethod
     def load(cls, folder: str | Path, weights: str = "checkpoint") -> ModelConfig:
         """`weights`: the setting of that name. Raises ConfigError that names what is missing, malformed or not
-        supported. A multi-token-prediction layer (num_nextn_predict_layers) is no layer of the model and not read."""
+        supported."""
         folder = Path(folder)
         config = _Fields(folder / "config.json")
         architecture = _architecture(config)
@@ -124,6 +125,7 @@ class ModelConfig:
             bos_id=config.optional_id("bos_token_id"),
             fp8=_fp8(config),
             fingerprint=_fingerprint(folder, weights),
+            nextn_layers=config.count("num_nextn_predict_layers", 0),
             **moe,
         )
         _check(loaded, config)

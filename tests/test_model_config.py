@@ -48,6 +48,7 @@ def test_deepseek_v3_as_published(tmp_path: Path) -> None:
     assert (config.hidden, config.layers, config.heads, config.q_lora, config.latent) == (7168, 61, 128, 1536, 576)
     assert (config.scoring, config.topk_method, config.norm_topk) == ("sigmoid", "noaux_tc", True)
     assert (config.topk, config.groups, config.topk_groups, config.routed_scale) == (8, 8, 4, 2.5)
+    assert config.nextn_layers == 1
     assert config.moe_layers == tuple(range(3, 61))
     assert config.partitions == 64
     assert config.yarn is not None and config.yarn.attention_factor == 1.0

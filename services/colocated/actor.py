@@ -18,6 +18,11 @@ class ColocatedWorker(GpuWorker):
     own_experts = True
 
     def _open_links(self) -> NoLinks:
+        if self.settings.link != "auto":
+            raise ConfigError(
+                f"MOECULE_LINK is {self.settings.link}: services.colocated has its experts in its own process; leave "
+                "it out, or start services.gpu_worker and expert shards"
+            )
         return NoLinks()
 
     @fitting()

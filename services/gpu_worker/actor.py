@@ -96,6 +96,8 @@ class Worker(Actor):
         self.links = await asyncio.to_thread(self._open_links)
         self.links.on_change = self.beat_now
         self.grammars = await asyncio.to_thread(Grammars, settings.model, self.config)
+        if self.config.nextn_layers:
+            self.log.info("layers that predict several tokens (MTP) are left out", layers=self.config.nextn_layers)
         self.engine = await asyncio.to_thread(self._make_engine)
         self.metrics.register(self.engine.waits)
         self.bounds = Bounds(
