@@ -9,18 +9,23 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 SHARDS ?= 2
 WORKERS ?= 1
+# Of `make test-gpu`, on one GPU.
+PROCESSES ?= 14
 # Empty: the one for this machine (common/serve.py).
 PROCFILE ?=
 
 # These may share the machine, two at a time; the rest starts processes and measures time-outs.
 SHARING := $(wildcard tests/test_kernels*.py tests/test_api*.py) $(addprefix tests/test_,$(addsuffix .py,\
 	asyncapi compile detokenizer grammar openapi responses_api sampling_params tokenize tools))
+# These start MPS, which no other process may use at the time: each by itself, after the rest.
+WITH_MPS := tests/test_kernels_link.py tests/test_gpu_link.py
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 define HELP
 make serve     set up .venv and start a cluster: WORKERS=$(WORKERS) SHARDS=$(SHARDS)
 make test      set up .venv, lint, type-check, run every test that needs no GPU
+make test-gpu  run every test that needs a GPU, with the pytest that is here, else as `make test`: PROCESSES=$(PROCESSES)
 make lint      mend and format what ruff can
 make browser   drive the page in a headless Chromium, which must be there (apt-get install chromium)
 make screenshots  take the pictures of the page anew, with the same Chromium
@@ -31,7 +36,7 @@ make clean     remove .venv and the caches
 endef
 export HELP
 
-.PHONY: serve test browser screenshots playwright lint settings help install clean
+.PHONY: serve test test-gpu browser screenshots playwright lint settings help install clean
 
 serve: install
 	@honcho run python -m common.supervisor --check
@@ -42,6 +47,14 @@ test: install
 	mypy
 	OMP_NUM_THREADS=1 pytest -m "not gpu" -n 2 $(SHARING)
 	OMP_NUM_THREADS=1 pytest -m "not gpu" $(addprefix --ignore=,$(SHARING))
+
+# With whatever torch and pytest are here: a GPU's torch often comes with its machine, and a .venv would hide it.
+test-gpu:
+	@command -v pytest >/dev/null || $(MAKE) install
+	trap 'exit 130' INT; failed=0; \
+	pytest -m gpu -n $(PROCESSES) --dist loadfile $(addprefix --ignore=,$(WITH_MPS)) || failed=1; \
+	for file in $(WITH_MPS); do pytest -m gpu $$file || failed=1; done; \
+	exit $$failed
 
 browser: playwright
 	pytest tests/test_page_browser.py

@@ -20,7 +20,7 @@ from pathlib import Path
 from common.serve import procfile_here
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVICES = ("gateway", "scheduler", "gpu_worker", "expert_shard")
+SERVICES = ("gateway", "scheduler", "gpu_worker", "expert_shard", "colocated")
 START_SECONDS = 300.0  # a GPU's kernels may have to be compiled
 
 
@@ -33,9 +33,9 @@ def free_ports(count: int) -> list[int]:
 
 
 class Cluster:
-    def __init__(self, workers: int = 1, shards: int = 2, **settings: object) -> None:
+    def __init__(self, workers: int = 1, shards: int = 2, procfile: str = "", **settings: object) -> None:
         """`settings` are MOECULE_ settings by their lower-case names; of those in the environment the device alone
-        counts. On a GPU there are no `shards`: the worker's process holds all experts."""
+        counts. On a GPU there are no `shards`, the worker's process holds all experts: `procfile` names another."""
         self.port, self.nats_port = free_ports(2)
         self.url = f"http://127.0.0.1:{self.port}"
         device = {"device": os.environ.get("MOECULE_DEVICE", "auto")}
@@ -49,7 +49,8 @@ class Cluster:
         }
         self.log = tempfile.NamedTemporaryFile(prefix="moecule-cluster-", suffix=".log", delete=False)  # noqa: SIM115
         formation = f"all=1,gpu_worker={workers},expert_shard={shards}"
-        command = [sys.executable, "-m", "honcho", "-f", procfile_here(self.env, ROOT), "start", "-c", formation]
+        procfile = procfile or procfile_here(self.env, ROOT)
+        command = [sys.executable, "-m", "honcho", "-f", procfile, "start", "-c", formation]
         self.honcho = subprocess.Popen(
             command, cwd=ROOT, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
             preexec_fn=die_with_parent,
@@ -136,9 +137,9 @@ def _command_line(pid: int) -> str:
 
 
 @contextlib.contextmanager
-def cluster(workers: int = 1, shards: int = 2, **settings: object) -> Iterator[Cluster]:
+def cluster(workers: int = 1, shards: int = 2, procfile: str = "", **settings: object) -> Iterator[Cluster]:
     """A ready cluster; stopped at the end as Ctrl-C would."""
-    running = Cluster(workers, shards, **settings)
+    running = Cluster(workers, shards, procfile, **settings)
     try:
         running.wait_ready()
         yield running

@@ -1,0 +1,257 @@
+"""Attacks on a cluster that serves from a GPU: kills, processes that stand still, odd requests, clients that leave.
+
+python -m benchmarks.hostile_gpu [--cpu] [--only one|split]
+
+It starts two clusters of models/tiny, one after the other:
+
+- one: what `make serve` starts on a GPU, a process with all experts. Odd requests and clients that leave come beside 16
+  streams, which must say what they say alone; then the worker is killed (-9) under 32 streams.
+- split: a worker and two shards that share the GPU through MPS, which it starts where none runs. Under 16 streams each
+  a shard stands still for 3 s (SIGSTOP), a shard is killed, one stands still for good, the worker is killed.
+
+After each kill every stream must have ended in time with a reason, what was killed must come back, and the questions
+asked before must get the same text; on a GPU two texts may part where their two best tokens are close. At the end of a
+cluster nothing may run, own a page or be left of its processes. A line for each check; exit status 1 if one failed.
+
+--cpu tries the same without a GPU: it leaves out MPS, the GPU's kernels and its link, and `one` has two shards as well.
+Under MPS processes share their fate: only elsewhere must those that were not killed be the same afterwards, with no
+other restart and no traceback in the log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from random import Random
+
+from benchmarks.abandon import held
+from benchmarks.abandon_client import visit
+from benchmarks.cluster import Cluster, cluster
+from benchmarks.hostile_odd import CONTEXT, SILENCE, Answer, ask, body, odd_requests, prompt, questions, same
+from benchmarks.link_rig import mps
+
+LONG = CONTEXT - 100
+STILL_SECONDS, END_SECONDS, ALONE_SECONDS, BACK_SECONDS, QUIET_SECONDS = 3.0, 5.0, 40.0, 90.0, 4.0
+GAP = 0.25  # of two logprobs that are close
+VISITS = 60
+OWNED = ("requests", "requests in the batch", "requests in the queue", "KV pages in use")
+
+
+class Checks:
+    def __init__(self) -> None:
+        self.began, self.count, self.failed = time.monotonic(), 0, 0
+
+    def say(self, line: str) -> None:
+        print(f"{time.monotonic() - self.began:6.1f} s  {line}", flush=True)
+
+    def __call__(self, what: str, good: bool, seen: object = "") -> None:
+        self.count += 1
+        self.failed += not good
+        self.say(f"{'ok     ' if good else 'FAILED '} {what}{f': {seen}' if str(seen) else ''}")
+
+
+class Attack:
+    def __init__(self, running: Cluster, check: Checks, pool: ThreadPoolExecutor, *, gpu: bool) -> None:
+        self.running, self.check, self.pool, self.url = running, check, pool, running.url
+        self.gap = GAP if gpu else 0.0
+        self.shards = len(running.actor_pids("expert_shard"))
+        self.shared_fate = gpu and self.shards > 0
+        self.kills = 0
+        self.answers = self.alone(4, 48)
+
+    def alone(self, count: int, tokens: int) -> list[Answer]:
+        """One after another: always in the same kernels."""
+        return [ask(self.url, one) for one in questions(count, tokens)]
+
+    def streams(self, count: int, tokens: int) -> list[Future[Answer]]:
+        """All of which have begun."""
+        begun = [threading.Event() for _ in range(count)]
+        asked = [
+            self.pool.submit(ask, self.url, body(prompt(20 + n % 7, n), tokens), event) for n, event in enumerate(begun)
+        ]
+        for event in begun:
+            event.wait(SILENCE)
+        return asked
+
+    def kill(self, pid: int) -> float:
+        os.kill(pid, signal.SIGKILL)
+        self.kills += 1
+        return time.monotonic()
+
+    def ended(self, what: str, asked: list[Future[Answer]], since: float, limit: float) -> None:
+        answers = [one.result() for one in asked]
+        last = max(one.ended for one in answers) - since
+        seen = f"{dict(Counter(one.outcome for one in answers))}, the last after {last:.1f} s; {answers[0].error!r}"
+        self.check(
+            f"{what}: each stream ends in {limit:.0f} s with a reason",
+            all(one.error for one in answers) and last < limit,
+            seen,
+        )
+
+    def same_text(self, what: str, before: list[Answer], after: list[Answer], gap: float) -> None:
+        count = sum(same(*pair, gap) for pair in zip(before, after, strict=True))
+        self.check(f"{what} say the same", count == len(before), f"{count} of {len(before)}")
+
+    def back(self, what: str, died: float) -> None:
+        """/ready may still be of the time before: a request tells."""
+        while not (good := ask(self.url, body(prompt(20, 7), 8)).whole(8) and self.all_shards()):
+            if time.monotonic() - died > BACK_SECONDS:
+                break
+            time.sleep(0.1)
+        self.check(f"{what} is back", good, f"after {time.monotonic() - died:.1f} s")
+        self.same_text("the questions asked before", self.answers, self.alone(4, 48), self.gap)
+
+    def all_shards(self) -> bool:
+        with urllib.request.urlopen(f"{self.url}/cluster", timeout=5) as got:
+            actors = json.load(got)["actors"]
+        ready = [one for one in actors if one["kind"] == "shard" and one["state"] == "ready" and one.get("partitions")]
+        return len(ready) >= self.shards
+
+    def others_the_same(self, before: dict[str, list[int]], killed: int) -> None:
+        if not self.shared_fate:
+            now = [pid for some in self.running.all_actor_pids().values() for pid in some]
+            self.check(
+                "the other processes are the same",
+                all(pid in now for some in before.values() for pid in some if pid != killed),
+            )
+
+    def odd(self) -> None:
+        pids = self.running.all_actor_pids()
+        alone = self.alone(16, 150)
+        beside = [self.pool.submit(ask, self.url, one) for one in questions(16, 150)]
+        asked = [(odd, [self.pool.submit(ask, self.url, one) for one in odd.bodies]) for odd in odd_requests()]
+        visits = [self.pool.submit(visit, self.running.port, Random(n)) for n in range(VISITS)]
+        for odd, futures in asked:
+            answers = [one.result() for one in futures]
+            wrong = next(filter(None, map(odd.wrong, answers)), "")
+            self.check(odd.name, not wrong, wrong or answers[0].error or answers[0].outcome)
+        wrongs = [found.name + found.wrong for found in (one.result() for one in visits) if found.wrong]
+        self.check(f"{VISITS} clients of whom most leave", not wrongs, wrongs[:1] or "")
+        self.same_text("16 streams beside all that", alone, [one.result() for one in beside], self.gap)
+        self.same_text("and alone, bit by bit, they", alone[:4], self.alone(4, 150), 0.0)
+        self.check("the processes are the same", self.running.all_actor_pids() == pids)
+
+    def worker_dies(self, count: int) -> None:
+        pids = self.running.all_actor_pids()
+        worker = (pids["colocated"] + pids["gpu_worker"])[0]
+        asked = self.streams(count, LONG)
+        died = self.kill(worker)
+        while self.running.is_ready() and time.monotonic() - died < 10:
+            time.sleep(0.02)
+        lied = time.monotonic() - died
+        self.check("kill -9 of the worker: /ready says 503 within 2 s", lied < 2, f"after {lied:.1f} s")
+        refused = ask(self.url, body("Once", 4))
+        good = refused.whole(4) or bool(refused.status == 503 and refused.error and refused.retry_after)
+        self.check("a request meanwhile: 503, a reason, Retry-After", good, refused.error or refused.outcome)
+        self.ended(f"kill -9 of the worker under {count}", asked, died, END_SECONDS)
+        self.back("the worker", died)
+        self.others_the_same(pids, worker)
+
+    def shard_stands_still(self) -> None:
+        shard, tokens = self.running.actor_pids("expert_shard")[0], LONG if self.gap else 600  # a GPU's are soon done
+        asked = self.streams(16, tokens)
+        os.kill(shard, signal.SIGSTOP)
+        time.sleep(STILL_SECONDS)
+        os.kill(shard, signal.SIGCONT)
+        went_on, answers = time.monotonic(), [one.result() for one in asked]
+        good = all(one.whole(tokens) and one.ended > went_on for one in answers)
+        seen = dict(Counter(one.outcome for one in answers))
+        self.check("a shard stands still for 3 s: late is not dead, 16 streams are whole", good, seen)
+
+    def shard_dies(self) -> None:
+        pids = self.running.all_actor_pids()
+        shard, asked = pids["expert_shard"][0], self.streams(16, LONG)
+        died = self.kill(shard)
+        self.ended("kill -9 of a shard under 16", asked, died, END_SECONDS)
+        self.back("the shard", died)
+        self.others_the_same(pids, shard)
+
+    def shard_stands_still_for_good(self) -> None:
+        shard = self.running.actor_pids("expert_shard")[-1]
+        asked = self.streams(16, LONG)
+        os.kill(shard, signal.SIGSTOP)
+        stopped, outcomes = time.monotonic(), Counter[str]()
+        self.ended("a shard stands still for good under 16", asked, stopped, ALONE_SECONDS)
+        while not outcomes["length"] and time.monotonic() - stopped < ALONE_SECONDS:
+            outcomes[ask(self.url, body(prompt(20, 7), 8)).outcome] += 1
+            time.sleep(0.25)
+        seen = f"{dict(outcomes)}, until {time.monotonic() - stopped:.1f} s after"
+        self.check("the other shard serves alone", outcomes["length"] > 0, seen)
+        self.back("the shard, killed,", self.kill(shard))
+
+    def owned(self) -> list[str]:
+        return [f"{n} {of.what} of {of.actor}" for of, n in held(self.running).items() if of.what in OWNED and n]
+
+    def end(self) -> None:
+        until = time.monotonic() + QUIET_SECONDS
+        while (owned := self.owned()) and time.monotonic() < until:
+            time.sleep(0.1)
+        self.check("nothing runs, no page is owned", not owned, ", ".join(owned))
+        log = self.running.output()
+        restarts, traces = log.count(": restart in "), log.count("Traceback (most recent")
+        good = restarts >= self.kills if self.shared_fate else restarts == self.kills and not traces
+        self.check(f"restarts after {self.kills} kills", good, f"{restarts} restarts, {traces} tracebacks")
+        self.running.stop()
+        left = self.running.pids()
+        self.check("Ctrl-C leaves no process", not left, left or "")
+
+
+ATTACKS = {
+    "one": (Attack.odd, lambda attack: attack.worker_dies(32)),
+    "split": (
+        Attack.shard_stands_still, Attack.shard_dies, Attack.shard_stands_still_for_good,
+        lambda attack: attack.worker_dies(16),
+    ),
+}  # fmt: skip
+
+
+def run(name: str, check: Checks, pool: ThreadPoolExecutor, *, gpu: bool) -> None:
+    # One card holds the caches of several processes: none may take all that is free.
+    settings = {"device": "cuda", "kv_pages": 2048, "chunk_tokens": 4096} if gpu else {"device": "cpu"}
+    with contextlib.ExitStack() as stack:
+        if gpu and name == "split":
+            stack.enter_context(mps())
+        check.say(f"{name}: its cluster starts")
+        running = stack.enter_context(cluster(procfile="Procfile" if name == "split" else "", **settings))
+        failed, attack = check.failed, Attack(running, check, pool, gpu=gpu)
+        try:
+            for step in ATTACKS[name]:
+                step(attack)
+            attack.end()
+        except (OSError, RuntimeError, LookupError) as error:
+            check("the attack goes on to its end", False, repr(error))
+        if check.failed > failed:
+            print(running.output()[-3000:], file=sys.stderr)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cpu", action="store_true", help="without a GPU")
+    parser.add_argument("--only", choices=ATTACKS, help="one of the clusters")
+    options = parser.parse_args()
+    if not options.cpu and shutil.which("nvidia-smi") is None:
+        parser.error("this attacks a GPU, and nvidia-smi is not there: --cpu does what can be done without")
+    check = Checks()
+    with ThreadPoolExecutor(128) as pool:
+        for name in [options.only] if options.only else ATTACKS:
+            try:
+                run(name, check, pool, gpu=not options.cpu)
+            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                check(f"{name}: starts and ends", False, error)
+    print(f"{check.count} checks, {check.failed} failed")
+    return 1 if check.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
