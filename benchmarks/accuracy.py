@@ -2,9 +2,11 @@
 
 python -m benchmarks.accuracy [--url http://127.0.0.1:8000] [--cases 300] [--seed 1]
 python -m benchmarks.accuracy kv_cache=fp8 experts_fp8=1
+python -m benchmarks.accuracy --fp8
 
-Without --url it starts a cluster on free ports, on the GPU where there is one, with the settings that are named. Exit
-status 1 if a figure is under its goal.
+Without --url it starts a cluster on free ports, on the GPU where there is one, with the settings that are named. --fp8:
+of a copy of the model in fp8, as DeepSeek publishes it: all matrices but the embedding, the head and the router in
+blocks of 128x128. Exit status 1 if a figure is under its goal.
 """
 
 from __future__ import annotations
@@ -13,13 +15,23 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import json
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 from random import Random
 
 import openai
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from benchmarks.cluster import cluster
+from benchmarks.cluster import ROOT, cluster
+from benchmarks.shapes import R1
+from common.checkpoint import SCALES
+from common.random_weights import KEPT_WIDE
 from common.settings import FIELDS
+from kernels.quant import quantise_blocks
 from training import data
 
 # task -> (how an example is made, the least share that must be right; None: only printed)
@@ -33,6 +45,7 @@ SUITE = {
     "count": (None, None),
 }
 STREAMS = 16
+TINY = ROOT / "models" / "tiny"
 
 
 def examples(name: str, count: int, seed: int) -> list[data.Example]:
@@ -78,21 +91,42 @@ async def run(url: str, cases: int, seed: int) -> bool:
     return passed
 
 
+def write_fp8(folder: Path) -> Path:
+    """models/tiny as a checkpoint in fp8. Its widths are multiples of 128."""
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((TINY / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": R1["quantization_config"]}))
+    tensors: dict[str, Tensor] = {}
+    for name, value in load_file(TINY / "model.safetensors").items():
+        if value.dim() == 2 and not name.endswith(KEPT_WIDE):
+            blocks = quantise_blocks(value)
+            tensors |= {name: blocks.data, name + SCALES: blocks.scale}
+        else:
+            tensors[name] = value
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running endpoint; default: start a cluster")
     parser.add_argument("settings", nargs="*", metavar="SETTING=VALUE", help="of that cluster")
+    parser.add_argument("--fp8", action="store_true", help="start it with a copy of the model in fp8")
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     settings = {name: value for name, _, value in (setting.partition("=") for setting in arguments.settings)}
     if unknown := settings.keys() - FIELDS.keys():
         parser.error(f"no setting is called {', '.join(sorted(unknown))}")
-    if arguments.url and settings:
-        parser.error("settings are of a cluster that is started here, not of --url")
-    if arguments.settings:
-        print(f"with {', '.join(arguments.settings)}:", end=" ")
+    if arguments.url and (settings or arguments.fp8):
+        parser.error("settings and --fp8 are of a cluster that is started here, not of --url")
+    if arguments.fp8 and "model" in settings:
+        parser.error("--fp8 is of models/tiny")
+    if said := [*arguments.settings, *["an fp8 checkpoint"] * arguments.fp8]:
+        print(f"with {', '.join(said)}:", end=" ")
     with contextlib.ExitStack() as stack:
+        if arguments.fp8:
+            settings["model"] = str(write_fp8(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "tiny"))
         url = arguments.url or stack.enter_context(cluster(**{"log_level": "warning", **settings})).url
         passed = asyncio.run(run(url, arguments.cases, arguments.seed))
     sys.exit(0 if passed else 1)
