@@ -415,9 +415,10 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.profile:
             report(f"decode, {concurrency} streams", bench.profile(concurrency))
             report(f"prefill of {concurrency} x {inputs}", bench.profile_prefill(inputs, concurrency))
-    for row in rows:  # last, for a profiler leaves launches slower than they were
-        row["launches"] = sum(count for _, count, _ in bench.profile(row["concurrency"], 1))
-    print("\n" + "\n".join(map(steps_line, rows)) + "\n", flush=True)
+    if arguments.link == "local":  # the profiler and MPS have not been tried together
+        for row in rows:  # last, for a profiler leaves launches slower than they were
+            row["launches"] = sum(count for _, count, _ in bench.profile(row["concurrency"], 1))
+        print("\n" + "\n".join(map(steps_line, rows)) + "\n", flush=True)
     bench.engine.stop()
     if peer is not None:
         peer.close()
