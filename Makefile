@@ -52,6 +52,7 @@ test: install
 test-gpu:
 	@command -v pytest >/dev/null || $(MAKE) install
 	trap 'exit 130' INT; failed=0; \
+	export OMP_NUM_THREADS=1; \
 	pytest -m gpu -n $(PROCESSES) --dist loadfile $(addprefix --ignore=,$(WITH_MPS)) || failed=1; \
 	for file in $(WITH_MPS); do pytest -m gpu $$file || failed=1; done; \
 	exit $$failed

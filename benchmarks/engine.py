@@ -7,7 +7,7 @@ python -m benchmarks.engine --points 1024x16,1024x64 --link mailbox --shards 2 [
 TPOT = (time of a run - time of the same run with one output token) / (output - 1), the whole batch submitted at once.
 A stream's TPOT is the median of what its client would measure, from its own first token to its last, with the prompts
 of others in between: what benchmarks.serve is to be compared with.
-GPU idle is the share of the time between the graphs of one decode step and those of the next.
+GPU idle is the share of the time between the end of one decode step's launches and the next step's forward graph.
 The floor counts the bytes that a step must read: all weights but the routed experts' that no token chose (counted in
 the last layer, in every step), and the cache at the starting context.
 
@@ -94,17 +94,20 @@ MOST_STEPS = 4096  # whose routing is kept
 
 
 class Timed:
-    """A graph, and when the GPU began and ended it each time."""
+    """A graph, and when the GPU came to it each time."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, times: list[torch.cuda.Event]) -> None:
         self._graph, self._times = graph, times
 
     def replay(self) -> None:
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
+        self._times.append(event())
         self._graph.replay()
-        ended.record()
-        self._times += (began, ended)
+
+
+def event() -> torch.cuda.Event:
+    now = torch.cuda.Event(enable_timing=True)
+    now.record()
+    return now
 
 
 class Watch:
@@ -118,12 +121,12 @@ class Watch:
         columns = next(iter(runner.works.values())).ids.shape[1]
         self._ids = torch.zeros(MOST_STEPS, rows, columns, dtype=torch.int32, device="cuda")
         self._decodes: list[int] = []
-        self._times: list[torch.cuda.Event] = []  # of the step that is being launched: its graphs' beginnings and ends
+        self._began: list[torch.cuda.Event] = []  # of the step that is being launched
         self._steps: list[tuple[torch.cuda.Event, torch.cuda.Event] | None] = []  # None: one with prompts
         self._host: list[float] = []  # CPU seconds of the engine's thread, at each launch
+        self._own = 0.0  # of those, what went on here
         for size, graph in runner.graphs.items():
-            timed = {name: Timed(getattr(graph, name), self._times) for name in ("forward", "greedy", "random")}
-            runner.graphs[size] = replace(graph, **timed)  # type: ignore[arg-type]
+            runner.graphs[size] = replace(graph, forward=Timed(graph.forward, self._began))  # type: ignore[arg-type]
         runner.launch = self.launch  # type: ignore[method-assign]
 
     def reset(self) -> None:
@@ -131,19 +134,22 @@ class Watch:
             noted.clear()
 
     def launch(self, plan: Plan) -> UnderWay:
-        self._times.clear()
-        self._host.append(time.thread_time())
+        self._began.clear()
+        self._host.append(time.thread_time() - self._own)
         launched = self._launch(plan)
-        self._steps.append(None if plan.prefills or not self._times else (self._times[0], self._times[-1]))
+        ended = time.thread_time()
+        self._steps.append(None if plan.prefills or not self._began else (self._began[0], event()))
         if plan.decodes and len(self._decodes) < MOST_STEPS:
             count = len(plan.decodes)
             bucket = self._runner.bucket(count)
             self._ids[len(self._decodes), :count] = self._runner.works[bucket].ids[:count]
             self._decodes.append(count)
+        self._own += time.thread_time() - ended
         return launched
 
     def idle(self) -> float:
-        """The share of the time between steps of decodes alone in which none of their graphs ran."""
+        """The share of the time in which the GPU had nothing of a step to do, where steps are decodes alone. At least:
+        what the host needs to launch a graph counts as the graph's."""
         torch.cuda.synchronize()
         gaps = whole = 0.0
         for one, after in itertools.pairwise(self._steps):
@@ -174,7 +180,7 @@ class Bench:
         self.steps: list[float] = []  # when each step of the last run was told
         self.engine: Engine = make_engine(config, weights, stacks, self._emit, prefix_cache=False, **settings)
         assert isinstance(self.engine.runner, GpuRunner)
-        self.runner, self.sampling = self.engine.runner, dict[str, Any]()
+        self.runner, self.sampling, self.greedy = self.engine.runner, dict[str, Any](), False
         self.watch = Watch(self.runner, config.topk)
         self.engine.start()
 
@@ -218,7 +224,7 @@ class Bench:
         def steps() -> None:
             for _ in range(replays):
                 graph.forward.replay()
-                graph.random.replay()
+                (graph.greedy if self.greedy else graph.random).replay()
 
         return [(name, count / replays, us / replays) for name, count, us in kernels_of(steps)]
 
@@ -394,7 +400,7 @@ def run(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     settings: dict[str, Any] = dict(max_batch=batch, max_context=context, chunk_tokens=arguments.chunk, memory=memory)
     bench = Bench(config, weights, stacks, **settings)
-    bench.sampling = arguments.sampling
+    bench.sampling, bench.greedy = arguments.sampling, arguments.temperature == 0
     progress(f"engine ready after {time.perf_counter() - started:.1f} s")
 
     def new_peer() -> Peer:
@@ -415,10 +421,10 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.profile:
             report(f"decode, {concurrency} streams", bench.profile(concurrency))
             report(f"prefill of {concurrency} x {inputs}", bench.profile_prefill(inputs, concurrency))
-    if arguments.link == "local":  # the profiler and MPS have not been tried together
-        for row in rows:  # last, for a profiler leaves launches slower than they were
+    for row in rows:  # last, for a profiler leaves launches slower than they were
+        if arguments.link == "local" and not arguments.sampling:  # MPS and it have not been tried together
             row["launches"] = sum(count for _, count, _ in bench.profile(row["concurrency"], 1))
-        print("\n" + "\n".join(map(steps_line, rows)) + "\n", flush=True)
+    print("\n" + "\n".join(map(steps_line, rows)) + "\n", flush=True)
     bench.engine.stop()
     if peer is not None:
         peer.close()
@@ -498,10 +504,9 @@ def line(row: dict, read: float) -> str:
 
 
 def steps_line(row: dict) -> str:
-    return (
-        f"a step of {row['concurrency']} streams: {row['launches']:.0f} launches in its graphs, "
-        f"{statistics.median(row['host_us']):.0f} us of the engine's thread"
-    )
+    launches = f"{row['launches']:.0f} launches in its graphs, " if "launches" in row else ""
+    host = statistics.median(row["host_us"])
+    return f"a step of {row['concurrency']} streams at {row['input']}: {launches}{host:.0f} us of the engine's thread"
 
 
 def report(what: str, kernels: list[tuple[str, float, float]]) -> None:

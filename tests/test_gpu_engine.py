@@ -187,9 +187,9 @@ def test_prefill_and_decode_agree_with_transformers(wide: Path, monkeypatch: pyt
     """In float32. Where a choice of experts turns over, bf16 costs more than LIMIT, and transformers in bf16 too."""
     texts, got = Heard(Served(wide, chunk_tokens=128), monkeypatch).texts(prompts(5, 150, 640), 24)
     want, theirs = (logits_by(by_transformers(wide, dtype), texts) for dtype in (torch.float32, torch.bfloat16))
-    bound = told("transformers in bf16", theirs, want)
+    bound = MORE * told("transformers in bf16", theirs, want)
     assert told("ours", got, want) < max(LIMIT, bound)
-    assert float(row_errors(got, want).median()) < LIMIT / 2
+    assert row_errors(got, want).median() < MORE * row_errors(theirs, want).median()
 
 
 def test_an_fp8_cache_costs_what_its_rounding_costs(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,13 +62,11 @@ def make_engine(
     runner = GpuRunner(
         model, cache, sampler, max_batch=max_batch, max_context=max_context, fp8_cache=fp8_cache, links=links
     )
-    before = torch.cuda.mem_get_info()[0]
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
     runner.capture(chunk_tokens)
-    taken, allowed = before - torch.cuda.mem_get_info()[0], graph_bytes(config, max_batch, chunk_tokens)
-    log.info(
-        "graphs", decodes=sorted(runner.graphs), prefills=prefill_buckets(chunk_tokens),
-        gb=round(taken / 1e9, 2), allowed_gb=round(allowed / 1e9, 2),
-    )  # fmt: skip
+    taken = round((free - torch.cuda.mem_get_info()[0]) / 1e9, 2)  # other processes' too, where they share the GPU
+    log.info("graphs", decodes=sorted(runner.graphs), prefills=prefill_buckets(chunk_tokens), gb=taken)
     pace = Pace(chunk_tokens, itl, prefill_buckets(chunk_tokens))
     if itl and links is None:  # no shard answers yet: what theirs cost is learned from steps
         pace.rehearse(runner.time_decodes, runner.time_prefill, max_context)
@@ -96,22 +94,18 @@ def compile_kernels(
             rehearse_prefill(model, rows, rows, fp8_cache)
 
 
-def graph_bytes(config: ModelConfig, max_batch: int, chunk_tokens: int) -> int:
-    """What the graphs may take. They are captured with the cache, so its size must be known before theirs."""
-    decodes, prefills = len(buckets(max_batch)), len(prefill_buckets(chunk_tokens))
-    return GRAPHS + decodes * GRAPHS // 8 + prefills * (config.layers + 1) * PIECE
-
-
 def cache_pages(
     model: Model, max_batch: int, chunk_tokens: int, max_context: int, fp8_cache: bool, memory: float
 ) -> int:
-    """What remains after the largest prefill, measured, and an allowance for the graphs."""
+    """What remains after the largest prefill, measured, and an allowance for the graphs, which are captured with the
+    cache in place."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     rehearse_prefill(model, chunk_tokens, max_context, fp8_cache)
-    needed = torch.cuda.max_memory_allocated() - before + graph_bytes(model.config, max_batch, chunk_tokens)
+    needed = torch.cuda.max_memory_allocated() - before + len(buckets(max_batch)) * GRAPHS // 8 + GRAPHS
+    needed += len(prefill_buckets(chunk_tokens)) * (model.config.layers + 1) * PIECE
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     if model.device_link is not None:
