@@ -133,10 +133,10 @@ class Watch:
         for noted in (self._decodes, self._steps, self._host):
             noted.clear()
 
-    def launch(self, plan: Plan) -> UnderWay:
+    def launch(self, plan: Plan, late: bool = False) -> UnderWay:
         self._began.clear()
         self._host.append(time.thread_time() - self._own)
-        launched = self._launch(plan)
+        launched = self._launch(plan, late)
         ended = time.thread_time()
         self._steps.append(None if plan.prefills or not self._began else (self._began[0], event()))
         if plan.decodes and len(self._decodes) < MOST_STEPS:

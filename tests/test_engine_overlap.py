@@ -3,29 +3,36 @@ launched, as a GPU's does, against the one that does not overlap."""
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import structlog
+import torch
 
 from common.checkpoint import Checkpoint
 from common.link import LocalLink
-from common.messages import Generate, TokenChunk
+from common.messages import Generate, Grammar, TokenChunk, TokenLogprobs
 from common.model_config import ModelConfig
 from common.pages import page_hashes
+from kernels.sample import Logprobs
 from services.expert_shard.experts import ExpertStore
 from services.gpu_worker.engine import Engine, StepOutput
+from services.gpu_worker.grammar import Compiled, Constraint, Grammars
 from services.gpu_worker.model import Model
 from services.gpu_worker.pace import Pace
 from services.gpu_worker.pages import PageAllocator
 from services.gpu_worker.planner import UNKNOWN, Plan, Planner, Sequence
 from services.gpu_worker.runner import Computed, CpuRunner
-from services.gpu_worker.sampler import Sampler
+from services.gpu_worker.sampler import Sampled, Sampler, logprobs_of
+from services.gpu_worker.scoring import score_prompts
+from services.gpu_worker.step import build_batch
 from services.gpu_worker.weights import load_weights
 from tests.engine_rig import Told, ask
 
@@ -40,22 +47,70 @@ def tiny() -> tuple[ModelConfig, Model]:
     return config, Model(config, load_weights(config, checkpoint), LocalLink(store.compute))
 
 
+@dataclass
+class Launched:
+    computed: Computed
+    rest: list[Callable[[], None]]  # how its decodes are sampled, if that is still to come
+
+
 class LateRunner(CpuRunner):
     """Knows the tokens of the step before, which the sequences do not show yet."""
 
     overlaps = True
     _found: dict[Sequence, int]
 
-    def launch(self, plan: Plan) -> Computed:
-        late = [chunk for chunk in plan.chunks if chunk.sequence.tokens[chunk.end - 1] == UNKNOWN]
-        for chunk in late:
+    def launch(self, plan: Plan, late: bool = False) -> Launched:
+        unknown = [chunk for chunk in plan.chunks if chunk.sequence.tokens[chunk.end - 1] == UNKNOWN]
+        for chunk in unknown:
             chunk.sequence.tokens[chunk.end - 1] = self._found[chunk.sequence]
-        sequences = plan.sampled
-        computed = super().launch(plan)
-        for chunk in late:
+        if late:
+            launched = self._launch_late(plan)
+        else:
+            launched = Launched(super().launch(plan), [])
+            self._find(plan, launched)
+        for chunk in unknown:
             chunk.sequence.tokens[chunk.end - 1] = UNKNOWN
-        self._found = dict(zip(sequences, computed.sampled.tokens, strict=True))
-        return computed
+        return launched
+
+    def _launch_late(self, plan: Plan) -> Launched:
+        """Prompts are sampled now, as on a GPU."""
+        model, sampler, sampled = self._model, self._sampler, plan.sampled
+        batch, decodes = build_batch(plan), [sequence for sequence in sampled if sequence.left == 1]
+        hidden = model.hidden(batch, self._cache)
+        logits, out = model.logits(hidden, batch.logit_rows), torch.empty(len(sampled), dtype=torch.int64)
+        count = len(decodes)
+        prompts = sampled[count:]
+        logs = {}
+        for row, told in logprobs_by_row(
+            prompts, sampler.sample(prompts, logits[count:], out[count:], sampler.begin(prompts))
+        ).items():
+            logs[count + row] = told
+        sample = sampler.later(sampled[:count], logits[:count], out[:count])
+        outputs = tuple(sequence.outputs for sequence in decodes)
+        scored = [scoring.read() for scoring in score_prompts(model, plan, hidden)]
+        launched = Launched(Computed(Sampled([], logs), scored), [])
+
+        def rest() -> None:
+            logs.update(logprobs_by_row(sampled[:count], sample(sampler.begin(sampled[:count], outputs))))
+            launched.computed.sampled.tokens[:] = out.tolist()
+            self._find(plan, launched)
+
+        launched.rest.append(rest)
+        return launched
+
+    def _find(self, plan: Plan, launched: Launched) -> None:
+        self._found = dict(zip(plan.sampled, launched.computed.sampled.tokens, strict=True))
+
+    def complete(self, launched: Launched) -> None:
+        launched.rest.pop()()
+
+    def finish(self, launched: Launched) -> Computed:
+        assert not launched.rest
+        return launched.computed
+
+
+def logprobs_by_row(sequences: tuple[Sequence, ...], logs: Logprobs | None) -> dict[int, TokenLogprobs]:
+    return {} if logs is None else logprobs_of(sequences, logs)
 
 
 class Run(Told):
@@ -72,7 +127,8 @@ class Run(Told):
 
     def run(self, requests: list[Generate]) -> dict[str, list[TokenChunk]]:
         for request in requests:
-            self.engine.submit(request)
+            grammar = request.sampling.grammar
+            self.engine.submit(request, None if grammar is None else Constraint(compiled(grammar), grammar.after))
         self.engine.start()
         self.wait(requests)
         self.engine.stop()
@@ -101,6 +157,43 @@ def load(seed: int, count: int = 9) -> list[Generate]:
                 stop_token_ids=stops, **kind)
         )  # fmt: skip
     return requests
+
+
+@functools.cache
+def compiled(grammar: Grammar) -> Compiled:
+    return asyncio.run(Grammars(str(TINY), tiny()[0]).constraint(grammar))._compiled
+
+
+def constrained(seed: int) -> list[Generate]:
+    """Among others: some that end by their grammar, by max_tokens, and some that may think before."""
+    draw = Random(seed)
+    kinds: list[dict[str, Any]] = [
+        dict(grammar=Grammar("regex", "(yes|no|perhaps){2,9}")),
+        dict(grammar=Grammar("json_schema", '{"type":"object","properties":{"a":{"type":"integer"}}}')),
+        dict(grammar=Grammar("regex", "[a-z ]{30,}"), frequency_penalty=0.5, logprobs=1),
+        dict(grammar=Grammar("regex", "[0-9]+", after=7), min_tokens=4),
+        dict(grammar=Grammar("regex", "[a-f]*"), logit_bias=((17, 4.0),)),
+    ]
+    own = [
+        ask(f"c{i}", [draw.randrange(3, 2000) for _ in range(draw.randrange(1, 150))], max_tokens=draw.choice([3, 20]),
+            temperature=draw.choice([0.0, 1.0]), seed=i, **kind)
+        for i, kind in enumerate(kinds)
+    ]  # fmt: skip
+    both = own + load(seed, 5)
+    draw.shuffle(both)
+    return both
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("pages", [64, 9])
+def test_nor_where_some_follow_a_grammar(seed: int, pages: int) -> None:
+    """What it lets follow is known only once the step before has been seen, which this one does not wait for."""
+    requests = constrained(seed)
+    late = Run(LateRunner, pages=pages).run(requests)
+    plain = Run(CpuRunner, pages=pages).run(requests)
+    for request in requests:
+        name = request.request_id
+        assert [_told(c) for c in late[name]] == [_told(c) for c in plain[name]], name
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -145,9 +238,9 @@ def test_a_request_aborted_while_its_step_is_under_way_ends_once() -> None:
 @pytest.mark.parametrize("on_device", [0.001, 5.0], ids=["the host was late", "the host rested before"])
 def test_a_step_takes_what_its_streams_wait_for_it(on_device: float, monkeypatch: pytest.MonkeyPatch) -> None:
     class Late(LateRunner):
-        def finish(self, launched: Computed) -> Computed:
+        def finish(self, launched: Launched) -> Computed:
             time.sleep(0.02)
-            return replace(launched, seconds=on_device)
+            return replace(super().finish(launched), seconds=on_device)
 
     run, known = Run(Late), list[tuple[int, list[tuple[int, int]], float]]()
     monkeypatch.setattr(run.engine.planner.pace, "learn", lambda *step: known.append(step))

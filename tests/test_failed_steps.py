@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,19 @@ class Launched:
     plan: Plan
     tokens: list[int]
     ok: bool
+    complete: bool
+
+
+class Constraint:
+    """A grammar that anything follows: what it was told of."""
+
+    complete = free = False
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def take(self, token: int) -> None:
+        self.taken.append(token)
 
 
 class Runner:
@@ -39,8 +53,11 @@ class Runner:
     def __init__(self, failing: set[int], gone_after: int = 1 << 30) -> None:
         self._failing, self._gone_after = failing, gone_after
         self.launches, self.under_way, self._ok = 0, 0, True
+        self.late = 0  # launches
 
-    def launch(self, plan: Plan) -> Launched:
+    def launch(self, plan: Plan, late: bool = False) -> Launched:
+        assert self.under_way or not late
+        self.late += late
         if not self.under_way:
             self._ok = True
         if self.launches >= self._gone_after:
@@ -53,9 +70,14 @@ class Runner:
             known = chunk.sequence.tokens[chunk.start : chunk.end]
             assert UNKNOWN not in known[:-1] and (self.under_way > 1 or UNKNOWN not in known)
         tokens = [token_of(s.request.request_id, len(s.tokens)) for s in plan.sampled]
-        return Launched(plan, tokens, self._ok)
+        return Launched(plan, tokens, self._ok, not late)
+
+    def complete(self, launched: Launched) -> None:
+        assert not launched.complete and self.under_way == 1, "the step before has been seen"
+        launched.complete = True
 
     def finish(self, launched: Launched) -> Computed:
+        assert launched.complete
         self.under_way -= 1
         if not launched.ok:
             raise StepFailed("a shard did not answer")
@@ -71,13 +93,15 @@ def token_of(request_id: str, at: int) -> int:
 
 
 class Run:
-    def __init__(self, runner: Runner, pages: int, requests: list[Generate]) -> None:
+    def __init__(self, runner: Runner, pages: int, requests: list[Generate], grammars: int = 0) -> None:
+        """The first `grammars` of them follow one."""
+        self.constraints = [Constraint() for _ in range(grammars)]
         self.told: dict[str, list[TokenChunk]] = defaultdict(list)
         planner = Planner(PageAllocator(pages), "m", max_batch=4, pace=Pace(96), prefix_cache=True)
         sampler = Sampler(CONFIG, max_batch=4, threads=1)
         self.engine = Engine(CONFIG, runner, planner, sampler, self._emit, structlog.get_logger())
-        for request in requests:
-            self.engine.submit(request)
+        for request, constraint in itertools.zip_longest(requests, self.constraints):
+            self.engine.submit(request, constraint)
         self.engine._take_notes()
         while planner.running or planner.waiting or self.engine._under_way:
             self.engine.step()
@@ -104,9 +128,17 @@ def requests_of(lengths: list[tuple[int, int]]) -> list[Generate]:
     lengths=st.lists(st.tuples(st.integers(1, 200), st.integers(1, 80)), min_size=1, max_size=6),
     failing=st.sets(st.integers(1, 60), max_size=12),
     pages=st.integers(5, 20),
+    grammars=st.integers(0, 2),
 )
-def test_no_token_is_lost_or_told_twice(lengths: list[tuple[int, int]], failing: set[int], pages: int) -> None:
-    run = Run(Runner(failing), pages, requests_of(lengths))
+def test_no_token_is_lost_or_told_twice(
+    lengths: list[tuple[int, int]], failing: set[int], pages: int, grammars: int
+) -> None:
+    grammars = min(grammars, len(lengths))
+    runner = Runner(failing)
+    run = Run(runner, pages, requests_of(lengths), grammars)
+    assert bool(runner.late) == any(outputs > 1 for _, outputs in lengths[:grammars])
+    for (prompt, outputs), constraint, i in zip(lengths, run.constraints, itertools.count(), strict=False):
+        assert constraint.taken == [token_of(f"r{i}", prompt + n) for n in range(outputs)]
     for i, (prompt, outputs) in enumerate(lengths):
         chunks = run.told[f"r{i}"]
         assert [chunk.index for chunk in chunks] == list(range(outputs))

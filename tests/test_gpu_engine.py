@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import services.gpu_worker.scoring as scoring
-from common.messages import Generate
+from common.messages import Generate, Grammar
 from common.model_config import ModelConfig
 from common.source import open_source
 from services.expert_shard.stacks import load_stacks
+from services.gpu_worker.grammar import Compiled, Constraint, Grammars
 from services.gpu_worker.model import Model
 from services.gpu_worker.planner import Plan, Sequence
 from services.gpu_worker.weights import load_weights
@@ -78,15 +81,24 @@ class Served(Told):
         super().__init__()
         self.engine = make_engine(config, weights, stacks, self.emit, **settings)
 
+    def submit(self, request: Generate) -> None:
+        grammar = request.sampling.grammar
+        self.engine.submit(request, None if grammar is None else Constraint(compiled(grammar), grammar.after))
+
     def run(self, *requests: Generate) -> list[list[int]]:
         """Each one's tokens."""
         for request in requests:
-            self.engine.submit(request)
+            self.submit(request)
         return self.told(*requests)
 
     def told(self, *requests: Generate) -> list[list[int]]:
         self.wait(requests)
         return [[token for chunk in self.chunks[r.request_id] for token in chunk.tokens] for r in requests]
+
+
+@functools.cache
+def compiled(grammar: Grammar) -> Compiled:
+    return asyncio.run(Grammars(str(TINY), ModelConfig.load(TINY)).constraint(grammar))._compiled
 
 
 def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
@@ -102,20 +114,20 @@ class Heard:
         self.served = served
         self._scored, self._sampled = defaultdict[str, list[Tensor]](list), defaultdict[str, list[Tensor]](list)
         sampler, score = served.engine._sampler, scoring._score
-        sample = sampler.sample
+        later = sampler.later
 
         def scored(model: Model, hidden: Tensor, sequence: Sequence, rows: range, at: int) -> Any:
             places = torch.arange(rows.start + at, rows.stop + at, device=hidden.device)
             self._scored[sequence.request.request_id].append(model.logits(hidden, places).float())
             return score(model, hidden, sequence, rows, at)
 
-        def sampled(sequences: tuple[Sequence, ...], logits: Tensor, out: Tensor, mask: Any) -> Any:
+        def sampled(sequences: tuple[Sequence, ...], logits: Tensor, out: Tensor) -> Any:
             for sequence, row in zip(sequences, logits, strict=True):
                 self._sampled[sequence.request.request_id].append(row.float().clone()[None])
-            return sample(sequences, logits, out, mask)
+            return later(sequences, logits, out)
 
         monkeypatch.setattr(scoring, "_score", scored)
-        monkeypatch.setattr(sampler, "sample", sampled)
+        monkeypatch.setattr(sampler, "later", sampled)
 
     def prompts(self, asked: list[Generate]) -> Tensor:
         """The logits of their prompts' tokens but the last."""
@@ -266,6 +278,8 @@ def test_preempted_ones_finish() -> None:
         dict(temperature=1.0, seed=4, frequency_penalty=0.7, presence_penalty=0.3, repetition_penalty=1.1),
         dict(temperature=1.0, seed=5, logit_bias=((17, 100.0),)),
         dict(temperature=1.0, seed=6, min_tokens=10, logprobs=5),
+        dict(temperature=1.0, seed=7, grammar=Grammar("regex", "(yes|no|perhaps){30}"), frequency_penalty=0.5),
+        dict(temperature=1.0, seed=8, grammar=Grammar("regex", "(yes|no){3}"), logprobs=1),
     ],
 )
 def test_a_row_does_not_depend_on_overlap_or_neighbours_sampling(sampling: dict[str, Any]) -> None:
@@ -292,8 +306,9 @@ def test_a_row_does_not_depend_on_overlap_or_neighbours_sampling(sampling: dict[
         dict(temperature=0.0, prompt_logprobs=2),
         dict(temperature=0.8, frequency_penalty=0.7, repetition_penalty=1.1),
         dict(temperature=0.8, logprobs=2, logit_bias=((17, 1.0),)),
+        dict(temperature=0.8, grammar=Grammar("regex", "[a-z ]{30,}")),
     ],
-    ids=["greedy", "random", "logprobs", "scores", "penalties", "bias"],
+    ids=["greedy", "random", "logprobs", "scores", "penalties", "bias", "grammar"],
 )
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_no_launch_waits_for_the_gpu(sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,29 +316,36 @@ def test_no_launch_waits_for_the_gpu(sampling: dict[str, Any], monkeypatch: pyte
     shows what torch's own mode does not, such as copies from memory that is not pinned."""
     served = Served(TINY, prefix_cache=False)
     served.engine.stop()  # its thread: the steps are made here
-    engine, launch = served.engine, served.engine.runner.launch
+    engine, launch, complete = served.engine, served.engine.runner.launch, served.engine.runner.complete
     plans: list[Plan] = []
     waited: list[bool] = []
+    awake = torch.cuda.Event()
 
     def run(mode: str) -> None:
-        def launch_asleep(plan: Plan) -> Any:
-            torch.cuda._sleep(ASLEEP)
-            awake = torch.cuda.Event()
-            awake.record()
+        def unawaited(launching: Callable[[], Any]) -> Any:
             torch.cuda.set_sync_debug_mode(mode)
             try:
-                launched = launch(plan)
+                launched = launching()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            plans.append(plan)
             waited.append(awake.query())
             return launched
 
+        def launch_asleep(plan: Plan, late: bool = False) -> Any:
+            torch.cuda._sleep(ASLEEP)
+            awake.record()
+            plans.append(plan)
+            return unawaited(lambda: launch(plan, late))
+
+        def complete_asleep(launched: Any) -> None:
+            unawaited(lambda: complete(launched))
+
         monkeypatch.setattr(engine.runner, "launch", launch_asleep)
+        monkeypatch.setattr(engine.runner, "complete", complete_asleep)
         requests = [ask(f"{mode} {i}", p, max_tokens=4, seed=i, ignore_eos="min_tokens" not in sampling, **sampling)
                     for i, p in enumerate(prompts(3, 110, 2000))]  # fmt: skip
         for request in requests:
-            engine.submit(request)
+            served.submit(request)
         engine._take_notes()
         while not all(served.finish(request.request_id) for request in requests):
             engine.step()

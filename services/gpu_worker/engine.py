@@ -183,16 +183,18 @@ class Engine:
         """Launch the next step, then take in the one before it; or, where steps do not overlap, this one itself."""
         before, self._under_way = self._under_way, None
         chunks: dict[str, list[TokenChunk]] = {}
-        if before is not None and self._must_be_known():
-            chunks, before = self._finish(before), None
         plan = self.planner.plan()
+        # What these may sample depends on tokens that have not been seen: what a grammar lets follow.
+        late = any(c.sequence.constraint is not None and c.sequence.unknown for c in plan.decodes)
         self._note_started(time.perf_counter())
         if plan:
-            self._under_way = self._launch(plan)
+            self._under_way = self._launch(plan, late)
         if not self.runner.overlaps:
             before, self._under_way = self._under_way, None
         if before is not None:
             chunks = self._finish(before)
+        if late and self._under_way is not None:
+            self.runner.complete(self._under_way.launched)
         now = time.perf_counter()
         self._tell(chunks, self._stats(plan, now - self._told))
         self._told = now
@@ -203,13 +205,9 @@ class Engine:
             sequence.started = now
         self.waits.add(started, now)
 
-    def _must_be_known(self) -> bool:
-        """Whether the next step depends on the host's having seen this one's tokens: what a grammar lets follow."""
-        return any(s.constraint is not None and s.unknown for s in self.planner.running)
-
-    def _launch(self, plan: Plan) -> Step | None:
+    def _launch(self, plan: Plan, late: bool) -> Step | None:
         try:
-            launched = self.runner.launch(plan)
+            launched = self.runner.launch(plan, late)
         except ExpertsUnavailable as error:
             # Whoever waits would meet the same hole: answer all, nothing hangs.
             self._end(tuple(self._live), error)

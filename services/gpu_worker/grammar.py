@@ -184,12 +184,14 @@ class Masks:
         self._words = -(-config.vocab // 32)
         self._threads = threads
 
-    def begin(self, sequences: tuple[Sequence, ...]) -> Future[Tensor] | None:
+    def begin(self, sequences: tuple[Sequence, ...], outputs: tuple[int, ...] | None = None) -> Future[Tensor] | None:
         """int32 [S, ceil(vocab / 32)] as sample() takes it, or None where no row has a grammar. The sequences' own
-        constraints are in use until it is there."""
+        constraints are in use until it is there. `outputs`: how many each has, where not what it says by now."""
         if all(s.constraint is None for s in sequences):
             return None
-        return self._pool.submit(self._fill, sequences)
+        if outputs is None:
+            outputs = tuple(s.outputs for s in sequences)
+        return self._pool.submit(self._fill, sequences, outputs)
 
     def close(self) -> None:
         if "_pool" in self.__dict__:
@@ -203,24 +205,25 @@ class Masks:
     def _executor(self) -> LLExecutor:
         return LLExecutor(self._threads)
 
-    def _fill(self, sequences: tuple[Sequence, ...]) -> Tensor:
+    def _fill(self, sequences: tuple[Sequence, ...], outputs: tuple[int, ...]) -> Tensor:
         mask = np.full((len(sequences), self._words), -1, np.int32)
-        held = [(row, s, s.constraint) for row, s in enumerate(sequences) if s.constraint]
+        # Those without pages have ended since their step was launched: nobody reads what they sample.
+        held = [(row, s, s.constraint) for row, s in enumerate(sequences) if s.constraint and s.pages]
         following = [(constraint.matcher, row) for row, _, constraint in held if not constraint.free]
         if following:
             self._executor.unsafe_compute_mask_ptr(following, mask.ctypes.data, self._words * 4, len(sequences))
         for row, sequence, constraint in held:
-            if (due := constraint.due(sequence.outputs, sequence.request.sampling.max_tokens)) is not None:
+            if (due := constraint.due(outputs[row], sequence.request.sampling.max_tokens)) is not None:
                 mask[row] = 0
                 mask.view(np.uint32)[row, due // 32] = 1 << due % 32
-            elif ends := self._forbidden_ends(sequence, constraint):
+            elif ends := self._forbidden_ends(sequence, constraint, outputs[row]):
                 _forbid(mask[row], ends)
         return torch.from_numpy(mask)
 
-    def _forbidden_ends(self, sequence: Sequence, constraint: Constraint) -> tuple[int, ...]:
+    def _forbidden_ends(self, sequence: Sequence, constraint: Constraint, outputs: int) -> tuple[int, ...]:
         """What would end the output too early, though its place in the grammar allows it."""
         sampling = sequence.request.sampling
-        if sequence.outputs < sampling.min_tokens:
+        if outputs < sampling.min_tokens:
             return (*self._eos_ids, *sampling.stop_token_ids)
         return self._eos_ids if constraint.unmet or sampling.ignore_eos else ()
 

@@ -203,6 +203,7 @@ class UnderWay:
     ok: Tensor  # int32 [1], pinned: 0 if a shard did not answer
     began: torch.cuda.Event
     done: torch.cuda.Event
+    rest: list[Callable[[], None]]  # what is still to be launched of it: how its decodes are sampled, then its end
 
 
 class GpuRunner:
@@ -277,7 +278,7 @@ class GpuRunner:
     def begin(self) -> None:
         torch.mm(*torch.zeros(2, 16, 16, dtype=self._model.dtype, device="cuda"))  # cuBLAS's handle is a thread's own
 
-    def launch(self, plan: Plan) -> UnderWay:
+    def launch(self, plan: Plan, late: bool = False) -> UnderWay:
         if self._links is not None:
             self._links.begin_step()
         self._turn = (self._turn + 1) % IN_FLIGHT
@@ -289,9 +290,12 @@ class GpuRunner:
         prompts = tuple(c.sequence for c in plan.prefills if c.sequence in sampled)
         row_of = {s: row for row, s in enumerate(decoding)}
         row_of |= {s: self._max_batch + i for i, s in enumerate(prompts)}
+        rest: list[Callable[[], None]] = []
         if decoding:
-            found, hidden = self._decode(plan.decodes, decoding)
-            logs += _on_the_way(decoding, found)
+            sample, hidden = self._decode(plan.decodes, decoding, late)
+            rest.append(lambda: logs.extend(_on_the_way(decoding, sample())))
+            if not late:
+                rest.pop()()
             scored += score_prompts(self._model, Plan(plan.decodes, ()), hidden)
         if plan.prefills:
             found, hidden = self._prefill(plan.prefills, prompts)
@@ -299,14 +303,23 @@ class GpuRunner:
             scored += score_prompts(self._model, Plan((), plan.prefills), hidden)
         self._row_of = row_of
         rows = [row_of[sequence] for sequence in sampled]
-        host = self._results[self._turn]
-        host.copy_(self._sampled, non_blocking=True)
-        ok = self._oks[self._turn]
-        if self._links is not None:
-            ok.copy_(self._links.device.peers.ok, non_blocking=True)
+        host, ok = self._results[self._turn], self._oks[self._turn]
         done = torch.cuda.Event(blocking=True, enable_timing=True)
-        done.record()
-        return UnderWay(sampled, rows, host, logs, scored, ok, began, done)
+
+        def end() -> None:
+            host.copy_(self._sampled, non_blocking=True)
+            if self._links is not None:
+                ok.copy_(self._links.device.peers.ok, non_blocking=True)
+            done.record()
+
+        launched = UnderWay(sampled, rows, host, logs, scored, ok, began, done, [*rest, end])
+        if not late:
+            self.complete(launched)
+        return launched
+
+    def complete(self, launched: UnderWay) -> None:
+        while launched.rest:
+            launched.rest.pop(0)()
 
     def finish(self, launched: UnderWay) -> Computed:
         if not self._ended(launched):
@@ -321,6 +334,8 @@ class GpuRunner:
         return Computed(Sampled([tokens[row] for row in launched.rows], logprobs), scored, seconds)
 
     def discard(self, launched: UnderWay) -> None:
+        del launched.rest[:-1]  # what it would sample
+        self.complete(launched)
         self._ended(launched)
 
     def _ended(self, launched: UnderWay) -> bool:
@@ -332,20 +347,24 @@ class GpuRunner:
 
     # ---- decodes
 
-    def _decode(self, chunks: tuple[Chunk, ...], sequences: tuple[Sequence, ...]) -> tuple[Logprobs | None, Tensor]:
+    def _decode(
+        self, chunks: tuple[Chunk, ...], sequences: tuple[Sequence, ...], late: bool
+    ) -> tuple[Callable[[], Logprobs | None], Tensor]:
+        """What samples, and the hidden rows."""
         count = len(chunks)
         bucket = self.bucket(count)
         self._tell(chunks, bucket)
-        graph, mask = self.graphs[bucket], self._sampler.begin(sequences)
+        graph, outputs = self.graphs[bucket], tuple(s.outputs for s in sequences)
+        mask = None if late else self._sampler.begin(sequences)
         if self._links is not None:
             self._links.ring(bucket, prefill=False)
         graph.forward.replay()
         if self._sampler.plain(sequences):
             random = any(s.request.sampling.temperature > 0 for s in sequences)
             (graph.random if random else graph.greedy).replay()
-            return None, graph.hidden
-        logits, out = graph.logits[:count], self._sampled[:count]
-        return self._sampler.sample(sequences, logits, out, mask), graph.hidden
+            return lambda: None, graph.hidden
+        sample = self._sampler.later(sequences, graph.logits[:count], self._sampled[:count])
+        return lambda: sample(self._sampler.begin(sequences, outputs) if late else mask), graph.hidden
 
     def _tell(self, chunks: tuple[Chunk, ...], bucket: int) -> None:
         host, turn = self._inputs.on_host[self._turn], self._turn

@@ -37,9 +37,14 @@ class Runner(Protocol):
         """By the thread that will launch, before the first step."""
         ...
 
-    def launch(self, plan: Plan) -> Any:
+    def launch(self, plan: Plan, late: bool = False) -> Any:
         """Start a step, as its sequences stand. Raises ExpertsUnavailable where it cannot be computed; then nothing has
-        changed."""
+        changed. `late`: its decodes are sampled by `complete`, once the step before has been seen, for what a grammar
+        lets follow. Where steps overlap only."""
+        ...
+
+    def complete(self, launched: Any) -> None:
+        """The rest of a step that was launched `late`."""
         ...
 
     def finish(self, launched: Any) -> Computed:
@@ -62,7 +67,7 @@ class CpuRunner:
     def begin(self) -> None:
         pass
 
-    def launch(self, plan: Plan) -> Computed:
+    def launch(self, plan: Plan, late: bool = False) -> Computed:
         """A peer that dies fails the step, which then runs again from its start with a live copy (experts are pure and
         KV rows are overwritten in place)."""
         started = time.perf_counter()
@@ -80,6 +85,9 @@ class CpuRunner:
                 return Computed(sampled, scored, time.perf_counter() - started)
             except PeerLost as lost:
                 self._log.warning("a shard was lost in mid step", shard=lost.shard_id)
+
+    def complete(self, launched: Computed) -> None:
+        pass
 
     def finish(self, launched: Computed) -> Computed:
         return launched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,8 +64,9 @@ class Sampler:
             self._counts.forget(sequence)
             self._biases.forget(sequence)
 
-    def begin(self, sequences: tuple[Sequence, ...]) -> Future[Tensor] | None:
-        return self._masks.begin(sequences) if self._adjusted else None
+    def begin(self, sequences: tuple[Sequence, ...], outputs: tuple[int, ...] | None = None) -> Future[Tensor] | None:
+        """`outputs`: how many each had when its step was launched, if that is past."""
+        return self._masks.begin(sequences, outputs) if self._adjusted else None
 
     def plain(self, sequences: tuple[Sequence, ...]) -> bool:
         """Whether temperature, top_k, top_p, min_p and seed are all that these ask for."""
@@ -79,21 +81,35 @@ class Sampler:
     ) -> Logprobs | None:
         """Fill `out` int64 [S] from `logits` [S, vocab], a row for each of `sequences`; what they want of logprobs.
         `mask`: what `begin` returned."""
+        return self.later(sequences, logits, out)(mask)
+
+    def later(
+        self, sequences: tuple[Sequence, ...], logits: Tensor, out: Tensor
+    ) -> Callable[[Future[Tensor] | None], Logprobs | None]:
+        """`sample` but for the mask: how the sequences stand now is what counts."""
         if not sequences:
-            return None
+            return lambda mask: None
         device = self._device
         params, banned, logs = sample_params(sequences, device), self._banned(sequences), _wanted(sequences, device)
         if not self._adjusted:
-            self.launch(logits, params, out, banned, logs=logs)
-            return logs
+
+            def plainly(mask: Future[Tensor] | None) -> Logprobs | None:
+                self.launch(logits, params, out, banned, logs=logs)
+                return logs
+
+            return plainly
         biased, penalties = self._biases.add(logits, sequences), self._counts.penalties(sequences)
-        bits = to_device(mask.result(), device) if mask else None
-        own = logs if biased is logits else None
-        self.launch(biased, params, out, banned, penalties=penalties, mask=bits, logs=own)
-        if logs is not None and own is None:  # of the model's own distribution
-            chosen, ids, values = logprobs(logits.float(), out, logs.ids.shape[1])
-            return Logprobs(logs.wanted, chosen, ids, values)
-        return logs
+
+        def adjusted(mask: Future[Tensor] | None) -> Logprobs | None:
+            bits = to_device(mask.result(), device) if mask else None
+            own = logs if biased is logits else None
+            self.launch(biased, params, out, banned, penalties=penalties, mask=bits, logs=own)
+            if logs is not None and own is None:  # of the model's own distribution
+                chosen, ids, values = logprobs(logits.float(), out, logs.ids.shape[1])
+                return Logprobs(logs.wanted, chosen, ids, values)
+            return logs
+
+        return adjusted
 
     def launch(
         self, logits: Tensor, params: SampleParams | None, out: Tensor, banned: tuple[Tensor, Tensor] | None = None,
