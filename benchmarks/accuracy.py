@@ -24,14 +24,10 @@ from random import Random
 
 import openai
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from benchmarks.cluster import ROOT, cluster
-from benchmarks.shapes import R1
-from common.checkpoint import SCALES
-from common.random_weights import KEPT_WIDE
+from benchmarks.shapes import R1, in_blocks
 from common.settings import FIELDS
-from kernels.quant import quantise_blocks
 from training import data
 
 # task -> (how an example is made, the least share that must be right; None: only printed)
@@ -96,14 +92,8 @@ def write_fp8(folder: Path) -> Path:
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((TINY / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": R1["quantization_config"]}))
-    tensors: dict[str, Tensor] = {}
-    for name, value in load_file(TINY / "model.safetensors").items():
-        if value.dim() == 2 and not name.endswith(KEPT_WIDE):
-            blocks = quantise_blocks(value)
-            tensors |= {name: blocks.data, name + SCALES: blocks.scale}
-        else:
-            tensors[name] = value
-    save_file(tensors, folder / "model.safetensors")
+    file = "model.safetensors"
+    save_file(dict(in_blocks(load_file(TINY / file).items())), folder / file)
     return folder
 
 

@@ -35,10 +35,10 @@ import msgspec
 from benchmarks.cluster import Cluster, cluster, memory_kb
 from benchmarks.hostile_bodies import ODD, body
 from benchmarks.hostile_door import Door, documented
+from benchmarks.hostile_odd import CONTEXT
 from common.nats_bus import OrderedClient
 
 MEMORY_GOAL = 1.05
-CONTEXT = 4096  # tokens, of models/tiny
 KV_PAGES = CONTEXT // 64  # a page takes memory when it is first written: of these all are, by the largest request
 EACH = 33  # inputs of a kind, before the next round
 ANSWER_SECONDS = 20.0

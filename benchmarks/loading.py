@@ -30,15 +30,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.shapes import R1, SHAPES
-from common.checkpoint import SCALES, Checkpoint
+from benchmarks.shapes import R1, SHAPES, in_blocks
+from common.checkpoint import Checkpoint
 from common.errors import ConfigError
 from common.model_config import ModelConfig
-from common.random_weights import KEPT_WIDE, RandomWeights
-from common.source import Progress, Read, Source, empty
+from common.random_weights import RandomWeights
+from common.source import Progress, Read, Source
 from common.transfer import CHUNK, THREADS, open_file, read_into
 from common.weight_files import INDEX, weight_files
-from kernels.quant import Fp8Blocks
 from services.expert_shard.stacks import ExpertStack, load_stacks
 from services.gpu_worker.weights import Layout, Weights, load_weights
 
@@ -85,7 +84,8 @@ def write(folder: Path, shape: dict[str, Any], device: str, *, fp8: bool) -> Non
     (folder / "config.json").write_text(json.dumps(shape | {"quantization_config": quantization}))
     asked, places = Asked(), dict[str, str]()
     load(replace(ModelConfig.load(folder), fp8=False), asked, "meta", False)
-    for number, tensors in enumerate(files(drawn(asked.tensors, device, fp8=fp8)), 1):
+    wide = drawn(asked.tensors, device)
+    for number, tensors in enumerate(files(in_blocks(wide) if fp8 else wide), 1):
         name = f"model-{number:05}.safetensors"
         save_file(tensors, folder / name)
         places |= dict.fromkeys(tensors, name)
@@ -93,23 +93,18 @@ def write(folder: Path, shape: dict[str, Any], device: str, *, fp8: bool) -> Non
     (folder / INDEX).write_text(json.dumps({"weight_map": places}))
 
 
-def drawn(asked: dict[str, Tensor], device: str, *, fp8: bool) -> Iterator[tuple[str, Tensor]]:
-    """`fp8`: matrices in blocks, but for those that DeepSeek keeps wide, each before its scales."""
-    source = RandomWeights(fp8=fp8)
+def drawn(asked: dict[str, Tensor], device: str) -> Iterator[tuple[str, Tensor]]:
+    source = RandomWeights(fp8=False)
     for name in sorted(asked):  # layer by layer
-        like = asked[name]
-        in_blocks = fp8 and like.dim() == 2 and not name.endswith(KEPT_WIDE)
-        out = empty(like.shape, like.dtype, device, fp8=in_blocks)
+        out = torch.empty_like(asked[name], device=device)
         source.fill([Read(name, out)])
-        yield name, out.data.cpu()
-        if isinstance(out, Fp8Blocks):
-            yield name + SCALES, out.scale.cpu()
+        yield name, out
 
 
 def files(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     held: dict[str, Tensor] = {}
     for name, value in tensors:
-        held[name] = value
+        held[name] = value.cpu()
         if sum(one.nbytes for one in held.values()) >= FILE_BYTES:
             yield held
             held = {}

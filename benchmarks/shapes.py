@@ -10,8 +10,12 @@ import argparse
 import itertools
 import json
 import string
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 _ATTENTION = {
@@ -57,6 +61,21 @@ def write_model(shape: str, layers: int, folder: Path) -> Path:
     write_config(shape, layers, folder)
     write_tokenizer(SHAPES[shape]["vocab_size"], folder)
     return folder
+
+
+def in_blocks(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """As DeepSeek publishes them in fp8: matrices in blocks, but for those that it keeps wide, and their scales."""
+    from common.checkpoint import SCALES
+    from common.random_weights import KEPT_WIDE
+    from kernels.quant import quantise_blocks
+
+    for name, value in tensors:
+        if value.dim() == 2 and not name.endswith(KEPT_WIDE):
+            blocks = quantise_blocks(value)
+            yield name, blocks.data
+            yield name + SCALES, blocks.scale
+        else:
+            yield name, value
 
 
 def write_tokenizer(vocabulary: int, folder: Path) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from common.messages import Generate, Sampling, TokenChunk
+from common.messages import Generate, Grammar, Sampling, TokenChunk
+from common.model_config import ModelConfig
 from services.gpu_worker.engine import Engine, StepOutput
+from services.gpu_worker.grammar import Compiled, Constraint, Grammars
 
+TINY = Path(__file__).parent.parent / "models" / "tiny"
 SECONDS = 120.0
 
 
@@ -21,6 +27,11 @@ class Told:
     def __init__(self) -> None:
         self.chunks: dict[str, list[TokenChunk]] = defaultdict(list)
         self._changed = threading.Condition()
+
+    def submit(self, request: Generate) -> None:
+        """Where it follows a grammar, by models/tiny's tokenizer."""
+        grammar = request.sampling.grammar
+        self.engine.submit(request, None if grammar is None else Constraint(compiled(grammar), grammar.after))
 
     def emit(self, output: StepOutput) -> None:
         with self._changed:
@@ -40,6 +51,11 @@ class Told:
                 lambda: self.engine.crashed or all(self.finish(r.request_id) for r in requests), SECONDS
             )
         assert ended and self.engine.crashed is None, self.engine.crashed
+
+
+@functools.cache
+def compiled(grammar: Grammar) -> Compiled:
+    return asyncio.run(Grammars(str(TINY), ModelConfig.load(TINY)).constraint(grammar))._compiled
 
 
 def ask(name: str, prompt: Sequence[int], **sampling: Any) -> Generate:

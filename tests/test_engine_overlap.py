@@ -3,12 +3,10 @@ launched, as a GPU's does, against the one that does not overlap."""
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -24,7 +22,6 @@ from common.pages import page_hashes
 from kernels.sample import Logprobs
 from services.expert_shard.experts import ExpertStore
 from services.gpu_worker.engine import Engine, StepOutput
-from services.gpu_worker.grammar import Compiled, Constraint, Grammars
 from services.gpu_worker.model import Model
 from services.gpu_worker.pace import Pace
 from services.gpu_worker.pages import PageAllocator
@@ -34,9 +31,7 @@ from services.gpu_worker.sampler import Sampled, Sampler, logprobs_of
 from services.gpu_worker.scoring import score_prompts
 from services.gpu_worker.step import build_batch
 from services.gpu_worker.weights import load_weights
-from tests.engine_rig import Told, ask
-
-TINY = Path(__file__).parent.parent / "models" / "tiny"
+from tests.engine_rig import TINY, Told, ask
 
 
 @functools.cache
@@ -75,23 +70,19 @@ class LateRunner(CpuRunner):
     def _launch_late(self, plan: Plan) -> Launched:
         """Prompts are sampled now, as on a GPU."""
         model, sampler, sampled = self._model, self._sampler, plan.sampled
-        batch, decodes = build_batch(plan), [sequence for sequence in sampled if sequence.left == 1]
+        batch, count = build_batch(plan), sum(sequence.left == 1 for sequence in sampled)
         hidden = model.hidden(batch, self._cache)
         logits, out = model.logits(hidden, batch.logit_rows), torch.empty(len(sampled), dtype=torch.int64)
-        count = len(decodes)
-        prompts = sampled[count:]
-        logs = {}
-        for row, told in logprobs_by_row(
-            prompts, sampler.sample(prompts, logits[count:], out[count:], sampler.begin(prompts))
-        ).items():
-            logs[count + row] = told
-        sample = sampler.later(sampled[:count], logits[:count], out[:count])
+        decodes, prompts = sampled[:count], sampled[count:]
+        found = sampler.sample(prompts, logits[count:], out[count:], sampler.begin(prompts))
+        logs = {count + row: told for row, told in logprobs_by_row(prompts, found).items()}
+        sample = sampler.later(decodes, logits[:count], out[:count])
         outputs = tuple(sequence.outputs for sequence in decodes)
         scored = [scoring.read() for scoring in score_prompts(model, plan, hidden)]
         launched = Launched(Computed(Sampled([], logs), scored), [])
 
         def rest() -> None:
-            logs.update(logprobs_by_row(sampled[:count], sample(sampler.begin(sampled[:count], outputs))))
+            logs.update(logprobs_by_row(decodes, sample(sampler.begin(decodes, outputs))))
             launched.computed.sampled.tokens[:] = out.tolist()
             self._find(plan, launched)
 
@@ -127,8 +118,7 @@ class Run(Told):
 
     def run(self, requests: list[Generate]) -> dict[str, list[TokenChunk]]:
         for request in requests:
-            grammar = request.sampling.grammar
-            self.engine.submit(request, None if grammar is None else Constraint(compiled(grammar), grammar.after))
+            self.submit(request)
         self.engine.start()
         self.wait(requests)
         self.engine.stop()
@@ -159,11 +149,6 @@ def load(seed: int, count: int = 9) -> list[Generate]:
     return requests
 
 
-@functools.cache
-def compiled(grammar: Grammar) -> Compiled:
-    return asyncio.run(Grammars(str(TINY), tiny()[0]).constraint(grammar))._compiled
-
-
 def constrained(seed: int) -> list[Generate]:
     """Among others: some that end by their grammar, by max_tokens, and some that may think before."""
     draw = Random(seed)
@@ -184,23 +169,13 @@ def constrained(seed: int) -> list[Generate]:
     return both
 
 
+@pytest.mark.parametrize("kind", [load, constrained])
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("pages", [64, 9])
-def test_nor_where_some_follow_a_grammar(seed: int, pages: int) -> None:
-    """What it lets follow is known only once the step before has been seen, which this one does not wait for."""
-    requests = constrained(seed)
-    late = Run(LateRunner, pages=pages).run(requests)
-    plain = Run(CpuRunner, pages=pages).run(requests)
-    for request in requests:
-        name = request.request_id
-        assert [_told(c) for c in late[name]] == [_told(c) for c in plain[name]], name
-
-
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("pages", [64, 9])
-def test_overlapping_changes_nothing_that_is_told(seed: int, pages: int) -> None:
-    """With nine pages requests are preempted, some of them while their last token is unknown."""
-    requests = load(seed)
+def test_overlapping_changes_nothing_that_is_told(kind: Callable[[int], list[Generate]], seed: int, pages: int) -> None:
+    """With nine pages requests are preempted, some of them while their last token is unknown. What a grammar lets
+    follow is known only once the step before has been seen, which a late one does not wait for."""
+    requests = kind(seed)
     late = Run(LateRunner, pages=pages).run(requests)
     plain = Run(CpuRunner, pages=pages).run(requests)
     for request in requests:

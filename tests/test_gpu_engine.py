@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +18,10 @@ from common.messages import Generate, Grammar
 from common.model_config import ModelConfig
 from common.source import open_source
 from services.expert_shard.stacks import load_stacks
-from services.gpu_worker.grammar import Compiled, Constraint, Grammars
 from services.gpu_worker.model import Model
 from services.gpu_worker.planner import Plan, Sequence
 from services.gpu_worker.weights import load_weights
-from tests.engine_rig import Told, ask
+from tests.engine_rig import TINY, Told, ask
 from tests.kernel_checks import DEVICE
 from tests.rounding import rounded
 from tests.test_loading import write_fp8
@@ -33,7 +30,6 @@ from tests.tiny_models import make_model, write_checkpoint
 
 pytestmark = pytest.mark.gpu
 
-TINY = Path(__file__).parent.parent / "models" / "tiny"
 LIMIT = 2e-2
 ASLEEP = 400_000_000  # cycles, a fifth of a second: many times what a launch of TINY takes the host
 # Times the rounding that tests/rounding.py imitates, which leaves out what lies between an expert's two products.
@@ -81,10 +77,6 @@ class Served(Told):
         super().__init__()
         self.engine = make_engine(config, weights, stacks, self.emit, **settings)
 
-    def submit(self, request: Generate) -> None:
-        grammar = request.sampling.grammar
-        self.engine.submit(request, None if grammar is None else Constraint(compiled(grammar), grammar.after))
-
     def run(self, *requests: Generate) -> list[list[int]]:
         """Each one's tokens."""
         for request in requests:
@@ -94,11 +86,6 @@ class Served(Told):
     def told(self, *requests: Generate) -> list[list[int]]:
         self.wait(requests)
         return [[token for chunk in self.chunks[r.request_id] for token in chunk.tokens] for r in requests]
-
-
-@functools.cache
-def compiled(grammar: Grammar) -> Compiled:
-    return asyncio.run(Grammars(str(TINY), ModelConfig.load(TINY)).constraint(grammar))._compiled
 
 
 def prompts(count: int, length: int, vocab: int) -> list[list[int]]:
@@ -141,7 +128,7 @@ class Heard:
             for i, p in enumerate(given)
         ]
         for request in asked:
-            self.served.engine.submit(request)
+            self.served.submit(request)
         self.served.wait(asked)
         self.served.engine.stop()
         texts, found = [], []

@@ -293,9 +293,10 @@ class GpuRunner:
         rest: list[Callable[[], None]] = []
         if decoding:
             sample, hidden = self._decode(plan.decodes, decoding, late)
-            rest.append(lambda: logs.extend(_on_the_way(decoding, sample())))
-            if not late:
-                rest.pop()()
+            if late:
+                rest.append(lambda: logs.extend(_on_the_way(decoding, sample())))
+            else:
+                logs += _on_the_way(decoding, sample())
             scored += score_prompts(self._model, Plan(plan.decodes, ()), hidden)
         if plan.prefills:
             found, hidden = self._prefill(plan.prefills, prompts)

@@ -91,16 +91,11 @@ class Sampler:
             return lambda mask: None
         device = self._device
         params, banned, logs = sample_params(sequences, device), self._banned(sequences), _wanted(sequences, device)
-        if not self._adjusted:
+        biased, penalties = logits, None
+        if self._adjusted:
+            biased, penalties = self._biases.add(logits, sequences), self._counts.penalties(sequences)
 
-            def plainly(mask: Future[Tensor] | None) -> Logprobs | None:
-                self.launch(logits, params, out, banned, logs=logs)
-                return logs
-
-            return plainly
-        biased, penalties = self._biases.add(logits, sequences), self._counts.penalties(sequences)
-
-        def adjusted(mask: Future[Tensor] | None) -> Logprobs | None:
+        def rest(mask: Future[Tensor] | None) -> Logprobs | None:
             bits = to_device(mask.result(), device) if mask else None
             own = logs if biased is logits else None
             self.launch(biased, params, out, banned, penalties=penalties, mask=bits, logs=own)
@@ -109,7 +104,7 @@ class Sampler:
                 return Logprobs(logs.wanted, chosen, ids, values)
             return logs
 
-        return adjusted
+        return rest
 
     def launch(
         self, logits: Tensor, params: SampleParams | None, out: Tensor, banned: tuple[Tensor, Tensor] | None = None,
