@@ -10,8 +10,10 @@ It starts two clusters of models/tiny, one after the other:
   a shard stands still for 3 s (SIGSTOP), a shard is killed, one stands still for good, the worker is killed.
 
 After each kill every stream must have ended in time with a reason, what was killed must come back, and the questions
-asked before must get the same text; on a GPU two texts may part where their two best tokens are close. At the end of a
-cluster nothing may run, own a page or be left of its processes. A line for each check; exit status 1 if one failed.
+asked before must get the same text. On a GPU, where another batch rounds otherwise and a choice of experts then turns
+over, texts may part: there what was told before and what is told now are scored anew, and all but 2 % of their tokens
+must have the logprob they were told with, to 0.1. At the end of a cluster nothing may run, own a page or be left of its
+processes. A line for each check; exit status 1 if one failed.
 
 --cpu tries the same without a GPU: it leaves out MPS, the GPU's kernels and its link, and `one` has two shards as well.
 Under MPS processes share their fate: only elsewhere must those that were not killed be the same afterwards, with no
@@ -38,12 +40,27 @@ from random import Random
 from benchmarks.abandon import held
 from benchmarks.abandon_client import visit
 from benchmarks.cluster import Cluster, cluster
-from benchmarks.hostile_odd import CONTEXT, SILENCE, Answer, ask, body, odd_requests, prompt, questions, same
+from benchmarks.hostile_odd import (
+    CONTEXT,
+    SILENCE,
+    Answer,
+    ask,
+    body,
+    differences,
+    odd_requests,
+    prompt,
+    questions,
+    same,
+    scoring,
+)
 from benchmarks.link_rig import mps
 
 LONG = CONTEXT - 100
 STILL_SECONDS, END_SECONDS, ALONE_SECONDS, BACK_SECONDS, QUIET_SECONDS = 3.0, 5.0, 40.0, 90.0, 4.0
-GAP = 0.25  # of two logprobs that are close
+# What bf16 costs models/tiny, in its CPU model with values so rounded: of 2,400 tokens 0.5 % move by more than FAR, by
+# up to 1.2, where a choice of experts turns over. With ten tokens of each prompt swapped 8 % do.
+FAR, SHARE = 0.1, 0.02
+QUESTIONS = 8, 60  # prompts, tokens
 VISITS = 60
 OWNED = ("requests", "requests in the batch", "requests in the queue", "KV pages in use")
 
@@ -64,11 +81,11 @@ class Checks:
 class Attack:
     def __init__(self, running: Cluster, check: Checks, pool: ThreadPoolExecutor, *, gpu: bool) -> None:
         self.running, self.check, self.pool, self.url = running, check, pool, running.url
-        self.gap = GAP if gpu else 0.0
+        self.gpu = gpu
         self.shards = len(running.actor_pids("expert_shard"))
         self.shared_fate = gpu and self.shards > 0
         self.kills = 0
-        self.answers = self.alone(4, 48)
+        self.answers = self.alone(*QUESTIONS)
 
     def alone(self, count: int, tokens: int) -> list[Answer]:
         """One after another: always in the same kernels."""
@@ -99,9 +116,16 @@ class Attack:
             seen,
         )
 
-    def same_text(self, what: str, before: list[Answer], after: list[Answer], gap: float) -> None:
-        count = sum(same(*pair, gap) for pair in zip(before, after, strict=True))
-        self.check(f"{what} say the same", count == len(before), f"{count} of {len(before)}")
+    def same_text(self, what: str, before: list[Answer], after: list[Answer], *, exactly: bool = False) -> None:
+        count = sum(map(same, before, after))
+        good, seen = count == len(before), f"{count} of {len(before)}"
+        if self.gpu and not exactly:
+            texts = before + after
+            apart = [d for text in texts for d in differences(text, ask(self.url, scoring(text)))]
+            far = sum(d > FAR for d in apart)
+            good = far <= SHARE * len(apart)
+            seen += f" token by token, {far} of {len(apart)} scores more than {FAR} apart, at most {max(apart):.2g}"
+        self.check(f"{what} say the same", good, seen)
 
     def back(self, what: str, died: float) -> None:
         """/ready may still be of the time before: a request tells."""
@@ -110,7 +134,7 @@ class Attack:
                 break
             time.sleep(0.1)
         self.check(f"{what} is back", good, f"after {time.monotonic() - died:.1f} s")
-        self.same_text("the questions asked before", self.answers, self.alone(4, 48), self.gap)
+        self.same_text("the questions asked before", self.answers, self.alone(*QUESTIONS))
 
     def all_shards(self) -> bool:
         with urllib.request.urlopen(f"{self.url}/cluster", timeout=5) as got:
@@ -138,8 +162,8 @@ class Attack:
             self.check(odd.name, not wrong, wrong or answers[0].error or answers[0].outcome)
         wrongs = [found.name + found.wrong for found in (one.result() for one in visits) if found.wrong]
         self.check(f"{VISITS} clients of whom most leave", not wrongs, wrongs[:1] or "")
-        self.same_text("16 streams beside all that", alone, [one.result() for one in beside], self.gap)
-        self.same_text("and alone, bit by bit, they", alone[:4], self.alone(4, 150), 0.0)
+        self.same_text("16 streams beside all that", alone, [one.result() for one in beside])
+        self.same_text("and alone, bit by bit, they", alone[:4], self.alone(4, 150), exactly=True)
         self.check("the processes are the same", self.running.all_actor_pids() == pids)
 
     def worker_dies(self, count: int) -> None:
@@ -159,7 +183,7 @@ class Attack:
         self.others_the_same(pids, worker)
 
     def shard_stands_still(self) -> None:
-        shard, tokens = self.running.actor_pids("expert_shard")[0], LONG if self.gap else 600  # a GPU's are soon done
+        shard, tokens = self.running.actor_pids("expert_shard")[0], LONG if self.gpu else 600  # a GPU's are soon done
         asked = self.streams(16, tokens)
         os.kill(shard, signal.SIGSTOP)
         time.sleep(STILL_SECONDS)

@@ -32,6 +32,7 @@ class Scored(NamedTuple):
 
 @dataclass
 class Answer:
+    asked: Body = field(default_factory=dict)
     status: int = 0
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -64,7 +65,7 @@ class Answer:
 
 def ask(url: str, body: Body, begun: threading.Event | None = None) -> Answer:
     """`begun` is set after three tokens, or at the end."""
-    answer = Answer()
+    answer = Answer(body)
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
@@ -117,15 +118,24 @@ def questions(count: int, tokens: int) -> list[Body]:
     return [body(prompt(20 + n % 7, 1000 + n), tokens, logprobs=5) for n in range(count)]
 
 
-def same(one: Answer, two: Answer, gap: float) -> bool:
-    """Where they part the first's best tokens may be less than `gap` apart."""
-    if one.finish != "length" or two.finish != "length" or len(one.tokens) != len(two.tokens):
-        return False
-    parts = [n for n, pair in enumerate(zip(one.tokens, two.tokens, strict=True)) if pair[0] != pair[1]]
-    if not parts or not gap:
-        return not parts
-    mine, other = one.scored[parts[0]], two.scored[parts[0]].token
-    return mine.logprob - (mine.best or {}).get(other, -math.inf) < gap  # type: ignore[operator]
+def same(one: Answer, two: Answer) -> bool:
+    """Token by token."""
+    return one.finish == two.finish == "length" and one.tokens == two.tokens
+
+
+def scoring(answer: Answer) -> Body:
+    """Asks for the scores of a text that was told, its prompt being one of tokens."""
+    return body(answer.asked["prompt"] + answer.tokens, 0, echo=True, logprobs=1, stream=False)
+
+
+def differences(answer: Answer, scores: Answer) -> list[float]:
+    """Between the logprobs of a text's tokens as they were told and as `scoring` has them; infinite where one has
+    none."""
+    again = scores.scored[len(answer.asked["prompt"]) :]
+    if not answer.finish or not len(answer.tokens) == len(answer.scored) == len(again):
+        return [math.inf] * max(1, len(answer.tokens))
+    pairs = zip(answer.scored, again, strict=True)
+    return [math.inf if None in (a.logprob, b.logprob) else abs(a.logprob - b.logprob) for a, b in pairs]  # type: ignore[operator]
 
 
 class Odd(NamedTuple):

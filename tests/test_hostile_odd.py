@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from benchmarks.hostile_odd import Answer, Odd, Scored, ask, body, same
+from benchmarks.hostile_odd import Answer, Odd, Scored, ask, body, differences, same, scoring
 
 
-def told(*tokens: int, second: float = -9.0) -> Answer:
-    """Each token has logprob 0, and the next number is the second best."""
-    scored = [Scored(str(token), 0.0, {str(token): 0.0, str(token + 1): second}) for token in tokens]
-    return Answer(200, [*tokens], scored=scored, finish="length")
+def told(*tokens: int, prompt: tuple[int, ...] = (7, 8), logprob: float | None = -0.5) -> Answer:
+    scored = [Scored(str(token), logprob, None) for token in tokens]
+    return Answer({"prompt": [*prompt]}, 200, [*tokens], scored=scored, finish="length")
 
 
-def test_texts_may_part_only_where_the_best_are_close() -> None:
-    assert same(told(1, 2), told(1, 2), 0.0)
-    assert not same(told(1, 2, second=-0.1), told(1, 3), 0.0)
-    assert same(told(1, 2, second=-0.1), told(1, 3), 0.25)
-    assert not same(told(1, 2, second=-0.3), told(1, 3), 0.25)
-    assert not same(told(1, 2, second=-0.1), told(1, 7), 0.25), "it was not among the best"
-    assert not same(told(1, 2), told(1), 0.25)
-    assert not same(Answer(error="gone"), Answer(error="gone"), 0.25), "two failures are no text"
+def scores(*logprobs: float | None) -> Answer:
+    return Answer(status=200, scored=[Scored("t", one, None) for one in logprobs], finish="length")
+
+
+def test_texts_are_the_same_token_by_token() -> None:
+    assert same(told(1, 2), told(1, 2))
+    assert not same(told(1, 2), told(1, 3))
+    assert not same(told(1, 2), told(1))
+    assert not same(Answer(error="gone"), Answer(error="gone")), "two failures are no text"
+
+
+def test_a_text_is_scored_behind_its_prompt() -> None:
+    asked = scoring(told(1, 2))
+    assert asked["prompt"] == [7, 8, 1, 2] and asked["max_tokens"] == 0 and asked["echo"]
+    assert differences(told(1, 2), scores(None, -9.0, -0.5, -0.75)) == [0.0, 0.25]
+
+
+def test_what_has_no_score_is_far_off() -> None:
+    assert differences(told(1, 2), scores(None, -9.0, -0.5)) == [math.inf] * 2
+    assert differences(told(1, 2), Answer(error="refused")) == [math.inf] * 2
+    assert differences(told(1, 2, logprob=None), scores(None, -9.0, -0.5, -0.75)) == [math.inf] * 2
+    assert differences(Answer({"prompt": [7, 8]}, error="gone"), scores(None, -9.0)) == [math.inf]
 
 
 @pytest.mark.parametrize(
@@ -32,11 +46,11 @@ def test_texts_may_part_only_where_the_best_are_close() -> None:
     [
         (200, told(1), True),
         (200, told(1, 2), False),
-        (200, Answer(400, error="this must not have been refused"), False),
-        (200, Answer(200, [1], finish="length", broken="no [DONE]"), False),
-        (400, Answer(400, error="the prompt is too long"), True),
-        (400, Answer(400, error="no"), False),
-        (400, Answer(500, error="the prompt is too long"), False),
+        (200, Answer({}, 400, error="this must not have been refused"), False),
+        (200, Answer({}, 200, [1], finish="length", broken="no [DONE]"), False),
+        (400, Answer({}, 400, error="the prompt is too long"), True),
+        (400, Answer({}, 400, error="no"), False),
+        (400, Answer({}, 500, error="the prompt is too long"), False),
         (400, told(1), False),
     ],
 )
