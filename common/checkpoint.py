@@ -27,7 +27,7 @@ DTYPES = {
     "F8_E4M3": CODED,
 }
 SCALES = "_scale_inv"  # behind the name of a weight in blocks of 8 bits
-MOST_ASIDE = 512 << 20  # bytes of weights to be converted that are read at a time
+MOST_ASIDE = 512 << 20  # bytes of weights to be dequantised that are read at a time
 HEADER_LIMIT = 100 << 20  # bytes, the format's own
 
 
@@ -101,7 +101,7 @@ class Checkpoint:
         batch: list[Read] = []
         aside = 0
         for read in reads:
-            size = 0 if self._is_coded(read.name) is isinstance(read.out, Fp8Blocks) else self.nbytes(read.name)
+            size = self.nbytes(read.name) if self._is_dequantised(read) else 0
             if batch and aside + size > MOST_ASIDE:
                 yield batch
                 batch, aside = [], 0
@@ -111,20 +111,23 @@ class Checkpoint:
             yield batch
 
     def _target(self, read: Read) -> Tensor | Fp8Blocks:
-        """What the file's bytes go to: `read.out`, unless it is in 8 bits and the file is not, or the reverse."""
-        coded, out = self._is_coded(read.name), read.out.data
-        if coded is isinstance(read.out, Fp8Blocks):
+        """What the file's bytes go to: `read.out`, unless they have to be dequantised, which takes their scales too."""
+        if not self._is_dequantised(read):
             return read.out
-        _, dtype = self._checked(read.name, out.shape)
-        return empty(out.shape, dtype, out.device, fp8=coded)
+        self._checked(read.name, read.out.data.shape)
+        return empty(read.out.data.shape, CODED, read.out.data.device, fp8=True)
 
     def _transfers(self, name: str, target: Tensor | Fp8Blocks) -> Iterator[Transfer]:
-        parts = [(name, target.data)]
-        if isinstance(target, Fp8Blocks):
-            parts.append((name + SCALES, target.scale))
-        for part, out in parts:
-            entry, dtype = self._checked(part, out.shape)
-            yield Transfer(entry.path, entry.start, dtype, out)
+        entry, dtype = self._checked(name, target.data.shape)
+        if dtype is not CODED or isinstance(target, Tensor):
+            yield Transfer(entry.path, entry.start, dtype, target)
+            return
+        yield Transfer(entry.path, entry.start, dtype, target.data)
+        entry, dtype = self._checked(name + SCALES, target.scale.shape)
+        yield Transfer(entry.path, entry.start, dtype, target.scale)
+
+    def _is_dequantised(self, read: Read) -> bool:
+        return self._is_coded(read.name) and isinstance(read.out, Tensor)
 
     def _is_coded(self, name: str) -> bool:
         return DTYPES.get(self._entry(name).dtype) is CODED

@@ -272,24 +272,26 @@ def test_shared_experts_come_first_as_experts_of_their_own(tmp_path: Path, fp8: 
 def test_experts_are_quantised_or_dequantised_while_they_are_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common.checkpoint, "MOST_ASIDE", 200_000)  # an expert at a time
-    aside = []
+    monkeypatch.setattr(common.checkpoint, "MOST_ASIDE", 100_000)  # an expert at a time
+    monkeypatch.setattr(common.transfer, "CHUNK", 60_000)  # a block of rows at a time, and some of the next
+    read_at_a_time = []
     kept = write_fp8("v3-like", tmp_path)
     config, coded = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
     want, every = stored(config, coded, 1), range(config.experts)
     assert_stack(load_stack(config, coded, 1, every, "cpu", shared=False, fp8=True), want.gate_up, want.down)
-    dequantised = load_stack(config, coded, 1, every, "cpu", shared=False, fp8=False)
-    assert isinstance(dequantised.gate_up, Tensor) and dequantised.gate_up.dtype is torch.bfloat16
-    assert_stack(dequantised, want.gate_up.bfloat16().float(), want.down.bfloat16().float())
-    save_file({name: value.bfloat16() for name, value in kept.items()}, tmp_path / "model.safetensors")
 
     def watched(transfers: list[Transfer], *rest: Any) -> None:
-        aside.append(sum(one.out.nbytes for one in transfers))
+        read_at_a_time.append(sum(one.out.data.nbytes for one in transfers if one.dtype is torch.float8_e4m3fn))
         transfer(transfers, *rest)
 
     monkeypatch.setattr(common.checkpoint, "transfer", watched)
+    dequantised = load_stack(config, coded, 1, every, "cpu", shared=False, fp8=False)
+    assert read_at_a_time == [3 * config.hidden * config.moe_inter] * config.experts
+    assert isinstance(dequantised.gate_up, Tensor) and dequantised.gate_up.dtype is torch.bfloat16
+    assert_stack(dequantised, want.gate_up.bfloat16().float(), want.down.bfloat16().float())
+
+    save_file({name: value.bfloat16() for name, value in kept.items()}, tmp_path / "model.safetensors")
     quantised = load_stack(config, Checkpoint(tmp_path), 1, every, "cpu", shared=False, fp8=True)
-    assert aside == [3 * 2 * config.hidden * config.moe_inter] * config.experts
     for got, wide in ((quantised.gate_up, want.gate_up), (quantised.down, want.down)):
         assert isinstance(got, Fp8Blocks)
         blocks = quantise_blocks(wide.bfloat16())
@@ -342,7 +344,8 @@ def test_somebody_else_s_shared_experts_are_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", Layout)
-def test_progress_rises_to_the_whole(tmp_path: Path, layout: Layout) -> None:
+def test_progress_rises_to_the_whole(tmp_path: Path, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.transfer, "CHUNK", 60_000)
     write_fp8("v3-like", tmp_path)
     config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
     told: list[tuple[int, int]] = []
@@ -431,6 +434,31 @@ def test_many_readers_put_every_byte_in_its_place(
     for name, out in outs.items():
         assert torch.equal(out.float(), values[name].to(out.dtype).float()), name
     assert sum(told) == sum(value.nbytes for value in values.values()) and max(told) <= 4096
+
+
+def test_neighbours_are_read_at_once_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes 0 to 40, of which nobody asked for 20 to 24 and 31 is where a float32 may not begin in memory."""
+    monkeypatch.setattr(common.transfer, "CHUNK", 20)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(40)))
+    asked = [(0, 3, torch.float32), (12, 4, torch.bfloat16), (24, 7, torch.uint8), (31, 2, torch.float32)]
+    transfers = [Transfer(path, start, dtype, torch.zeros(count, dtype=dtype)) for start, count, dtype in asked]
+    chunks = list(common.transfer._chunks(iter(transfers), {path: 0}))
+    assert [(c.start, c.size, [at for at, _ in c.parts]) for c in chunks] == [
+        (0, 20, [0, 12]),
+        (24, 7, [0]),
+        (31, 8, [0]),
+    ]
+    told: list[int] = []
+    transfer(transfers, told.append)
+    assert told == [20, 7, 8]
+    for (start, _, _), one in zip(asked, transfers, strict=True):
+        assert one.out.data.view(torch.uint8).tolist() == list(range(start, start + one.size))
+    # Two that fit each but not together, and one that fits nowhere.
+    wide = [Transfer(path, start, torch.uint8, torch.zeros(n, dtype=torch.uint8)) for start, n in ((0, 12), (12, 9))]
+    assert [c.size for c in common.transfer._chunks(iter(wide), {path: 0})] == [12, 9]
+    (alone,) = [Transfer(path, 0, torch.uint8, torch.zeros(40, dtype=torch.uint8))]
+    assert [part.size for part in common.transfer._cut(alone)] == [20, 20]
 
 
 @pytest.mark.parametrize("threads", [1, 4])
