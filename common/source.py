@@ -91,6 +91,8 @@ def put(value: Tensor | Fp8Blocks, out: Tensor | Fp8Blocks) -> None:
     if isinstance(out, Tensor):
         out.copy_(dequantise(value) if isinstance(value, Fp8Blocks) else value)
         return
-    blocks = quantise_blocks(value) if isinstance(value, Tensor) else value
-    out.data.copy_(blocks.data)
-    out.scale.copy_(blocks.scale)
+    if isinstance(value, Tensor):
+        quantise_blocks(value, out)
+        return
+    out.data.copy_(value.data)
+    out.scale.copy_(value.scale)

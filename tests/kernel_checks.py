@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from kernels.quant.naive import Fp8Rows
+from kernels.quant.naive import Fp8Blocks, Fp8Rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2, torch.float8_e4m3fn: 3e-2}
@@ -44,10 +44,10 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return poison(torch.empty(shape, dtype=dtype, device=DEVICE))
 
 
-def poison(*tensors: Tensor | Fp8Rows) -> Tensor:
+def poison(*tensors: Tensor | Fp8Rows | Fp8Blocks) -> Tensor:
     """Fill with NaN, or with a number no index is. Returns the first."""
     for tensor in tensors:
-        for part in (tensor.data, tensor.scale) if isinstance(tensor, Fp8Rows) else (tensor,):
+        for part in (tensor.data, tensor.scale) if not isinstance(tensor, Tensor) else (tensor,):
             if part.dtype == torch.float8_e4m3fn:
                 part.view(torch.uint8).fill_(0x7F)
             else:

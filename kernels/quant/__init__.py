@@ -1,10 +1,11 @@
 """The 8-bit format of DeepSeek's checkpoints: e4m3 with one float32 scale a 128x128 block of a weight, a 1x128 group of
 an activation."""
 
+import torch
 from torch import Tensor
 
 from kernels.quant import naive
-from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows, dequantise, quantise_blocks
+from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows, dequantise
 
 __all__ = ["GROUP", "Fp8Blocks", "Fp8Rows", "dequantise", "quantise_blocks", "quantise_rows"]
 
@@ -17,3 +18,29 @@ def quantise_rows(x: Tensor, out: Fp8Rows) -> None:
         triton.quantise_rows(x, out)
     else:
         naive.quantise_rows(x, out)
+
+
+def quantise_blocks(w: Tensor, out: Fp8Blocks | None = None) -> Fp8Blocks:
+    """`w` [..., in, out] of any lengths, to one scale a block of GROUP x GROUP, the last of a row or column smaller; in
+    `out`, or in the memory order of `w`. The codes are the same on every device."""
+    if w.is_cuda and w.dim() == 2 and w.stride(1) == 1 and _codes_e4m3():
+        from kernels.quant import triton
+
+        if out is None:
+            scale = torch.empty(*(-(-n // GROUP) for n in w.shape), dtype=torch.float32, device=w.device)
+            out = Fp8Blocks(torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device), scale)
+        triton.quantise_blocks(w, out)
+        return out
+    blocks = naive.quantise_blocks(w)
+    if out is None:
+        return blocks
+    out.data.copy_(blocks.data)
+    out.scale.copy_(blocks.scale)
+    return out
+
+
+def _codes_e4m3() -> bool:
+    """Whether this GPU's own 8 bits are those of checkpoints."""
+    from kernels.target import current
+
+    return current().fp8 is torch.float8_e4m3fn
