@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import structlog
 import torch
 import triton
 
@@ -44,6 +45,7 @@ from benchmarks.kernels.timing import ceilings, need_gpu
 from benchmarks.link_rig import mps
 from benchmarks.shapes import SHAPES, write_config
 from benchmarks.timing import tpot
+from common.loading import Loading
 from common.messages import Generate, Sampling, TokenChunk
 from common.model_config import ModelConfig
 from common.source import open_source
@@ -288,10 +290,6 @@ class Peer:
         return line.strip()
 
 
-def held(layers: int, of: int) -> None:
-    progress(f"experts of layer {layers} of {of}: {torch.cuda.memory_allocated() / 1e9:.1f} GB held")
-
-
 def load(shape: str, layers: int, apart: bool) -> tuple[ModelConfig, Weights, dict[int, ExpertStack]]:
     """`apart`: the shared experts are the worker's own, as beside a link."""
     started = time.perf_counter()
@@ -300,8 +298,9 @@ def load(shape: str, layers: int, apart: bool) -> tuple[ModelConfig, Weights, di
         config = ModelConfig.load(path, weights="random")
         source = open_source(path, config, "random")
         weights = load_weights(config, source, "cuda", shared=apart)
+        told = Loading(structlog.get_logger()).of("experts")
         stacks = load_stacks(
-            config, source, range(config.experts), "cuda", shared=not apart, fp8=config.fp8, progress=held
+            config, source, range(config.experts), "cuda", shared=not apart, fp8=config.fp8, progress=told
         )
     torch.cuda.synchronize()
     progress(f"weights drawn in {time.perf_counter() - started:.1f} s")

@@ -24,7 +24,7 @@ from kernels.experts.work import rows_and_scale
 from kernels.mla_prefill import triton as prefill
 from kernels.quant import Fp8Blocks, dequantise, quantise_blocks
 from services.expert_shard.experts import ExpertStore
-from services.expert_shard.stacks import ExpertStack, load_stack
+from services.expert_shard.stacks import ExpertStack, load_stacks
 from services.gpu_worker.actor import check_pages, default_pages
 from services.gpu_worker.weights import Layer, Layout, Weights, load_weights
 from tests.tiny_models import MODELS, make_model, write_checkpoint
@@ -244,29 +244,30 @@ def test_a_stack_holds_the_experts_asked_for_in_order(tmp_path: Path) -> None:
     write_checkpoint(make_model("v3-like").bfloat16(), tmp_path)
     config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
     want, order = stored(config, checkpoint, 2), [7, 0, 11]
-    stack = load_stack(config, checkpoint, 2, order, "cpu", shared=False, fp8=False)
+    stack = load_stacks(config, checkpoint, order, "cpu", shared=False, fp8=False)[2]
     assert_stack(stack, want.gate_up[order], want.down[order])
     assert stack.slots.tolist() == [1, 3, 3, 3, 3, 3, 3, 0, 3, 3, 3, 2, 3]
-    none = load_stack(config, checkpoint, 2, [], "cpu", shared=False, fp8=False)
+    none = load_stacks(config, checkpoint, [], "cpu", shared=False, fp8=False)[2]
     assert none.gate_up.data.shape == (0, config.hidden, 2 * config.moe_inter)
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
-def test_shared_experts_come_first_as_experts_of_their_own(tmp_path: Path, fp8: bool) -> None:
+def test_shared_experts_come_first_as_experts_of_their_own(tmp_path: Path, fp8: bool, count: int) -> None:
     if fp8:
-        write_fp8("v3-like", tmp_path)
+        write_fp8("v3-like", tmp_path, n_shared_experts=count)
     else:
-        write_checkpoint(make_model("v3-like").bfloat16(), tmp_path)
+        write_checkpoint(make_model("v3-like", n_shared_experts=count).bfloat16(), tmp_path)
     config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
-    stack = load_stack(config, checkpoint, 1, [3, 4], "cpu", shared=True, fp8=fp8)
+    stack = load_stacks(config, checkpoint, [3, 4], "cpu", shared=True, fp8=fp8)[1]
     routed, mlp = stored(config, checkpoint, 1), load_weights(config, checkpoint).layers[1].mlp
-    assert mlp is not None and config.shared_experts == 2
+    assert mlp is not None and config.shared_experts == count
     gate, up = plain(mlp.gate_up).chunk(2, 1)
-    pairs = zip(gate.chunk(2, 1), up.chunk(2, 1), strict=True)
+    pairs = zip(gate.chunk(count, 1), up.chunk(count, 1), strict=True)
     gate_up = torch.stack([*(torch.cat(pair, 1) for pair in pairs), *routed.gate_up[[3, 4]]])
-    assert_stack(stack, gate_up, torch.stack([*plain(mlp.down).chunk(2), *routed.down[[3, 4]]]))
-    held = {12: 0, 13: 1, 3: 2, 4: 3}
-    assert stack.slots.tolist() == [held.get(i, 4) for i in range(14)] + [4]
+    assert_stack(stack, gate_up, torch.stack([*plain(mlp.down).chunk(count), *routed.down[[3, 4]]]))
+    held = {12 + i: i for i in range(count)} | {3: count, 4: count + 1}
+    assert stack.slots.tolist() == [held.get(i, count + 2) for i in range(12 + count)] + [count + 2]
 
 
 def test_experts_are_quantised_or_dequantised_while_they_are_loaded(
@@ -278,20 +279,20 @@ def test_experts_are_quantised_or_dequantised_while_they_are_loaded(
     kept = write_fp8("v3-like", tmp_path)
     config, coded = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
     want, every = stored(config, coded, 1), range(config.experts)
-    assert_stack(load_stack(config, coded, 1, every, "cpu", shared=False, fp8=True), want.gate_up, want.down)
+    assert_stack(load_stacks(config, coded, every, "cpu", shared=False, fp8=True)[1], want.gate_up, want.down)
 
     def watched(transfers: list[Transfer], *rest: Any) -> None:
         read_at_a_time.append(sum(one.out.data.nbytes for one in transfers if one.dtype is torch.float8_e4m3fn))
         transfer(transfers, *rest)
 
     monkeypatch.setattr(common.checkpoint, "transfer", watched)
-    dequantised = load_stack(config, coded, 1, every, "cpu", shared=False, fp8=False)
-    assert read_at_a_time == [3 * config.hidden * config.moe_inter] * config.experts
+    dequantised = load_stacks(config, coded, every, "cpu", shared=False, fp8=False)[1]
+    assert read_at_a_time == [3 * config.hidden * config.moe_inter] * config.experts * 2  # layers
     assert isinstance(dequantised.gate_up, Tensor) and dequantised.gate_up.dtype is torch.bfloat16
     assert_stack(dequantised, want.gate_up.bfloat16().float(), want.down.bfloat16().float())
 
     save_file({name: value.bfloat16() for name, value in kept.items()}, tmp_path / "model.safetensors")
-    quantised = load_stack(config, Checkpoint(tmp_path), 1, every, "cpu", shared=False, fp8=True)
+    quantised = load_stacks(config, Checkpoint(tmp_path), every, "cpu", shared=False, fp8=True)[1]
     for got, wide in ((quantised.gate_up, want.gate_up), (quantised.down, want.down)):
         assert isinstance(got, Fp8Blocks)
         blocks = quantise_blocks(wide.bfloat16())
@@ -302,7 +303,7 @@ def test_experts_in_fp8_need_whole_blocks(tmp_path: Path) -> None:
     write_checkpoint(make_model("v3-like"), tmp_path)
     config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="moe_intermediate_size that is a multiple of 128, not 56"):
-        load_stack(config, checkpoint, 1, [0], "cpu", shared=False, fp8=True)
+        load_stacks(config, checkpoint, [0], "cpu", shared=False, fp8=True)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_what_is_missing_is_named(tmp_path: Path, missing: str) -> None:
     sentence = f"tensor {missing} is missing".replace(".", r"\.")
     if ".experts." in missing or "shared" in missing:
         with pytest.raises(ConfigError, match=sentence):
-            load_stack(config, checkpoint, 1, range(config.experts), "cpu", shared=True, fp8=True)
+            load_stacks(config, checkpoint, range(config.experts), "cpu", shared=True, fp8=True)
     if ".experts." in missing:
         with pytest.raises(ConfigError, match=sentence):
             ExpertStore(config, checkpoint).check()
@@ -352,7 +353,7 @@ def test_progress_rises_to_the_whole(tmp_path: Path, layout: Layout, monkeypatch
     load_weights(config, checkpoint, layout=layout, progress=lambda *seen: told.append(seen))
     assert len(told) > 10 and told == sorted(told) and told[-1][0] == told[-1][1]
     told.clear()
-    load_stack(config, checkpoint, 1, range(12), "cpu", shared=True, fp8=True, progress=lambda *seen: told.append(seen))
+    load_stacks(config, checkpoint, range(12), "cpu", shared=True, fp8=True, progress=lambda *seen: told.append(seen))
     assert len(told) > 10 and told == sorted(told) and told[-1][0] == told[-1][1]
 
 
@@ -374,7 +375,7 @@ def test_chance_is_the_same_for_every_actor(random_folder: Path) -> None:
     worker, shard = (open_source(random_folder, config, "random") for _ in range(2))
     cpu, gpu = (numbers(config, weights) for weights in both_layouts(config, worker))
     assert_same(gpu, as_held(config, cpu))
-    stack = load_stack(config, shard, 1, range(12), "cpu", shared=True, fp8=config.fp8)
+    stack = load_stacks(config, shard, range(12), "cpu", shared=True, fp8=config.fp8)[1]
     want, slots = stored(config, worker, 1), stack.slots.tolist()
     assert plain(expert_of(stack.gate_up, slots[5])).equal(want.gate_up[5])
     gate, up = cpu["1.gate_up"].chunk(2, 1)

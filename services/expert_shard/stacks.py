@@ -25,46 +25,6 @@ class ExpertStack:
     slots: Tensor  # int64 [experts + shared + 1], slot_table of the ids held
 
 
-def load_stack(
-    config: ModelConfig,
-    source: Source,
-    layer: int,
-    experts: Sequence[int],
-    device: torch.device | str,
-    *,
-    shared: bool,
-    fp8: bool,
-    progress: Progress | None = None,
-) -> ExpertStack:
-    """The routed experts of these ids in this order; with `shared`, the layer's shared experts before them, as experts
-    of ids config.experts on: kernels fetch their weights before a token's choice is known. `fp8`: in blocks of 8 bits,
-    quantised here if the source has them wider; else bf16.
-
-    `progress` is told of bytes read. Raises ConfigError naming a tensor that is missing or has another shape.
-    """
-    hidden, inter = config.hidden, config.moe_inter
-    if fp8 and inter % GROUP:
-        raise ConfigError(f"experts in fp8 need a moe_intermediate_size that is a multiple of {GROUP}, not {inter}")
-    extra = config.shared_experts if shared else 0
-    held = len(experts) + extra
-    gate_up = empty((held, 2 * inter, hidden), torch.bfloat16, device, fp8=fp8)
-    down = empty((held, hidden, inter), torch.bfloat16, device, fp8=fp8)
-    reads = []
-    for slot, expert in enumerate(experts, extra):
-        gate_name, up_name, down_name = names(layer, expert)
-        both = expert_of(gate_up, slot)
-        reads += [Read(gate_name, rows_of(both, 0, inter)), Read(up_name, rows_of(both, inter, 2 * inter))]
-        reads.append(Read(down_name, expert_of(down, slot)))
-    wide = _Shared(config, layer, extra, device, fp8) if extra else None
-    source.fill(reads + (wide.reads if wide else []), progress)
-    for i in range(extra):
-        assert wide is not None
-        wide.cut(i, expert_of(gate_up, i), expert_of(down, i))
-    ids = [*range(config.experts, config.experts + extra), *experts]
-    slots = slot_table({expert: slot for slot, expert in enumerate(ids)}, config.experts + extra)
-    return ExpertStack(transposed(gate_up), transposed(down), slots.to(device))
-
-
 def load_stacks(
     config: ModelConfig,
     source: Source,
@@ -75,30 +35,58 @@ def load_stacks(
     fp8: bool,
     progress: Progress | None = None,
 ) -> dict[int, ExpertStack]:
-    """`load_stack` of every MoE layer, by layer; `progress` is told of layers."""
-    stacks: dict[int, ExpertStack] = {}
-    for layer in config.moe_layers:
-        stacks[layer] = load_stack(config, source, layer, experts, device, shared=shared, fp8=fp8)
-        if progress is not None:
-            progress(len(stacks), len(config.moe_layers))
-    return stacks
+    """Of every MoE layer: the routed experts of these ids in this order; with `shared`, the layer's shared experts
+    before them, as experts of ids config.experts on: kernels fetch their weights before a token's choice is known.
+    `fp8`: in blocks of 8 bits, quantised here if the source has them wider; else bf16.
+
+    `progress` is told of bytes read. Raises ConfigError naming a tensor that is missing or has another shape.
+    """
+    if fp8 and config.moe_inter % GROUP:
+        raise ConfigError(
+            f"experts in fp8 need a moe_intermediate_size that is a multiple of {GROUP}, not {config.moe_inter}"
+        )
+    extra = config.shared_experts if shared else 0
+    ids = [*range(config.experts, config.experts + extra), *experts]
+    slots = slot_table({expert: slot for slot, expert in enumerate(ids)}, config.experts + extra).to(device)
+    layers = [_Layer(config, layer, experts, extra, device, fp8) for layer in config.moe_layers]
+    source.fill([read for layer in layers for read in layer.reads], progress)  # at once: it keeps the readers busy
+    return {layer.index: layer.stack(slots) for layer in layers}
 
 
-class _Shared:
-    """The shared experts as the source has them, one FFN of their joint width: expert i is its i-th part."""
+class _Layer:
+    """What a layer's stack is read into."""
 
-    def __init__(self, config: ModelConfig, layer: int, count: int, device: torch.device | str, fp8: bool) -> None:
-        self.inter, width = config.moe_inter, count * config.moe_inter
-        self.gate, self.up = (empty((width, config.hidden), torch.bfloat16, device, fp8=fp8) for _ in range(2))
-        self.down = empty((config.hidden, width), torch.bfloat16, device, fp8=fp8)
-        name = f"model.layers.{layer}.mlp.shared_experts"
-        self.reads = [
-            Read(f"{name}.{part}_proj.weight", out)
-            for part, out in (("gate", self.gate), ("up", self.up), ("down", self.down))
-        ]
+    def __init__(
+        self, config: ModelConfig, index: int, experts: Sequence[int], extra: int, device: torch.device | str, fp8: bool
+    ) -> None:
+        hidden, inter, held = config.hidden, config.moe_inter, extra + len(experts)
+        self.index, self._inter, self._extra = index, inter, extra
+        self._gate_up = empty((held, 2 * inter, hidden), torch.bfloat16, device, fp8=fp8)
+        self._down = empty((held, hidden, inter), torch.bfloat16, device, fp8=fp8)
+        self.reads: list[Read] = []
+        for slot, expert in enumerate(experts, extra):
+            self.reads += map(Read, names(index, expert), self._slot(slot))
+        # The source has the shared experts as one FFN of their joint width: expert i is its i-th part.
+        self._joint: tuple[Tensor | Fp8Blocks, ...] = ()
+        if extra:
+            shapes = (extra * inter, hidden), (extra * inter, hidden), (hidden, extra * inter)
+            joint = (empty(shape, torch.bfloat16, device, fp8=fp8) for shape in shapes)
+            self._joint = self._slot(0) if extra == 1 else tuple(joint)
+            name = f"model.layers.{index}.mlp.shared_experts"
+            self.reads += map(Read, (f"{name}.{part}_proj.weight" for part in ("gate", "up", "down")), self._joint)
 
-    def cut(self, i: int, gate_up: Tensor | Fp8Blocks, down: Tensor | Fp8Blocks) -> None:
-        part = i * self.inter, (i + 1) * self.inter
-        put(rows_of(self.gate, *part), rows_of(gate_up, 0, self.inter))
-        put(rows_of(self.up, *part), rows_of(gate_up, self.inter, 2 * self.inter))
-        put(columns_of(self.down, *part), down)
+    def _slot(self, slot: int) -> tuple[Tensor | Fp8Blocks, ...]:
+        """Its gate, up and down as the source has them."""
+        both, inter = expert_of(self._gate_up, slot), self._inter
+        return rows_of(both, 0, inter), rows_of(both, inter, 2 * inter), expert_of(self._down, slot)
+
+    def stack(self, slots: Tensor) -> ExpertStack:
+        """Once all is read. What was read of several shared experts is freed."""
+        joint, self._joint, self.reads = self._joint, (), []
+        if self._extra > 1:
+            for i in range(self._extra):
+                part, (gate, up, down) = (i * self._inter, (i + 1) * self._inter), self._slot(i)
+                put(rows_of(joint[0], *part), gate)
+                put(rows_of(joint[1], *part), up)
+                put(columns_of(joint[2], *part), down)
+        return ExpertStack(transposed(self._gate_up), transposed(self._down), slots)
