@@ -14,7 +14,7 @@ from kernels.quant import Fp8Blocks, quantise_blocks
 
 pytestmark = pytest.mark.gpu
 
-ROWS, COLUMNS = 2304, 2200  # more than a chunk in any dtype but 8 bits
+ROWS, COLUMNS = 4352, 2200  # more than a chunk in any dtype but 8 bits
 WIDE = [torch.bfloat16, torch.float16, torch.float32]
 
 
