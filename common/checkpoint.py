@@ -29,6 +29,7 @@ DTYPES = {
 SCALES = "_scale_inv"  # behind the name of a weight in blocks of 8 bits
 MOST_ASIDE = 512 << 20  # bytes of weights to be dequantised that are read at a time
 HEADER_LIMIT = 100 << 20  # bytes, the format's own
+MOST = 1 << 60  # of a size or an offset: what a file system can address
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class Checkpoint:
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:
             raise ConfigError(f"{entry.path}: tensor {name} is {entry.dtype}, which is not supported")
+        if dtype is CODED and len(entry.shape) < 2:
+            raise ConfigError(f"{entry.path}: tensor {name} is {entry.dtype}, and no matrix: it has no blocks")
         if entry.end - entry.start != math.prod(entry.shape) * dtype.itemsize:
             raise ConfigError(f"{entry.path}: tensor {name} has the wrong number of bytes")
         return entry, dtype
@@ -158,12 +161,16 @@ def _read_header(path: Path) -> dict[str, Entry]:
     try:
         header: dict[str, Any] = json.loads(_read(path, 8, size))
         header.pop("__metadata__", None)
-        return {
-            name: Entry(path, about["dtype"], tuple(about["shape"]), *(8 + size + at for at in about["data_offsets"]))
-            for name, about in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return {name: _entry(path, 8 + size, **about) for name, about in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is not a safetensors file: {error!r}") from None
+
+
+def _entry(path: Path, first: int, dtype: str, shape: list[int], data_offsets: list[int], **_: object) -> Entry:
+    start, end = data_offsets
+    if not all(type(n) is int and 0 <= n < MOST for n in (*shape, start, end)) or type(dtype) is not str:
+        raise ValueError(f"a tensor of {dtype}, shape {shape}, at {data_offsets}")
+    return Entry(path, dtype, tuple(shape), first + start, first + end)
 
 
 def _value(entry: Entry, dtype: torch.dtype) -> Tensor:

@@ -71,12 +71,6 @@ def rows_of(weight: Tensor | Fp8Blocks, first: int, end: int) -> Tensor | Fp8Blo
     return Fp8Blocks(weight.data[first:end], weight.scale[first // GROUP : -(-end // GROUP)])
 
 
-def columns_of(weight: Tensor | Fp8Blocks, first: int, end: int) -> Tensor | Fp8Blocks:
-    if isinstance(weight, Tensor):
-        return weight[:, first:end]
-    return Fp8Blocks(weight.data[:, first:end], weight.scale[:, first // GROUP : -(-end // GROUP)])
-
-
 def expert_of(stack: Tensor | Fp8Blocks, slot: int) -> Tensor | Fp8Blocks:
     return stack[slot] if isinstance(stack, Tensor) else Fp8Blocks(stack.data[slot], stack.scale[slot])
 

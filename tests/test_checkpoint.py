@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from common.checkpoint import Checkpoint
 from common.errors import ConfigError
+from common.source import Read
 from common.weight_files import INDEX
 
 
@@ -84,3 +85,42 @@ def test_broken_folders_are_refused_with_a_sentence(tmp_path: Path, tensors: dic
     (tmp_path / INDEX).write_text("{}")
     with pytest.raises(ConfigError, match="is malformed"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]},  # of the header's own bytes
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 1 << 63]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]},
+        {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2]},
+        {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
+        [],
+    ],
+)
+def test_headers_that_are_none_are_refused(tmp_path: Path, about: object) -> None:
+    header = json.dumps({"a": about}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ConfigError, match=r"model\.safetensors is not a safetensors file"):
+        Checkpoint(tmp_path)
+
+
+def test_a_header_nested_without_end_is_refused(tmp_path: Path) -> None:
+    header = b'{"a":' * 100_000
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ConfigError, match="is not a safetensors file"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_eight_bits_that_are_no_matrix_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    value, scale = torch.ones(shape).to(torch.float8_e4m3fn), torch.ones(shape and (1,))
+    save_file({"w": value, "w_scale_inv": scale}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match="tensor w is F8_E4M3, and no matrix"):
+        checkpoint.tensor("w")
+    with pytest.raises(ConfigError, match="tensor w is F8_E4M3, and no matrix"):
+        checkpoint.fill([Read("w", torch.empty(shape))])

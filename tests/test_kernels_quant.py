@@ -131,6 +131,17 @@ def test_blocks_go_where_they_are_wanted() -> None:
     assert torch.equal(out.data.float(), again.data.float()) and torch.equal(out.scale, again.scale)
 
 
+@either_device
+def test_a_damaged_weight_is_not_made_a_number() -> None:
+    w = torch.ones(256, 256, device=DEVICE)
+    w[3, 200] = torch.nan
+    out = Fp8Blocks(torch.empty(256, 256, dtype=torch.float8_e4m3fn, device=DEVICE), torch.empty(2, 2, device=DEVICE))
+    triton.quantise_blocks(w, out)
+    assert (
+        out.scale.isnan().tolist() == naive.quantise_blocks(w).scale.isnan().tolist() == [[False, True], [False, False]]
+    )
+
+
 def test_columns_apart_are_refused() -> None:
     out = naive.quantise_blocks(torch.zeros(128, 2))
     with pytest.raises(ValueError, match="side by side"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,7 @@ def test_a_stack_holds_the_experts_asked_for_in_order(tmp_path: Path) -> None:
     assert none.gate_up.data.shape == (0, config.hidden, 2 * config.moe_inter)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
 def test_shared_experts_come_first_as_experts_of_their_own(tmp_path: Path, fp8: bool, count: int) -> None:
     if fp8:
@@ -270,11 +271,12 @@ def test_shared_experts_come_first_as_experts_of_their_own(tmp_path: Path, fp8: 
     assert stack.slots.tolist() == [held.get(i, count + 2) for i in range(12 + count)] + [count + 2]
 
 
+@pytest.mark.parametrize("chunk", [60_000, 4096], ids=["a block of rows and some of the next", "less than one"])
 def test_experts_are_quantised_or_dequantised_while_they_are_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr(common.checkpoint, "MOST_ASIDE", 100_000)  # an expert at a time
-    monkeypatch.setattr(common.transfer, "CHUNK", 60_000)  # a block of rows at a time, and some of the next
+    monkeypatch.setattr(common.transfer, "CHUNK", chunk)
     read_at_a_time = []
     kept = write_fp8("v3-like", tmp_path)
     config, coded = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
@@ -292,7 +294,9 @@ def test_experts_are_quantised_or_dequantised_while_they_are_loaded(
     assert_stack(dequantised, want.gate_up.bfloat16().float(), want.down.bfloat16().float())
 
     save_file({name: value.bfloat16() for name, value in kept.items()}, tmp_path / "model.safetensors")
+    read_at_a_time.clear()
     quantised = load_stacks(config, Checkpoint(tmp_path), every, "cpu", shared=False, fp8=True)[1]
+    assert len(read_at_a_time) == 1, "what is quantised needs no memory aside"
     for got, wide in ((quantised.gate_up, want.gate_up), (quantised.down, want.down)):
         assert isinstance(got, Fp8Blocks)
         blocks = quantise_blocks(wide.bfloat16())
@@ -304,6 +308,7 @@ def test_experts_in_fp8_need_whole_blocks(tmp_path: Path) -> None:
     config, checkpoint = ModelConfig.load(tmp_path), Checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="moe_intermediate_size that is a multiple of 128, not 56"):
         load_stacks(config, checkpoint, [0], "cpu", shared=False, fp8=True)
+    assert load_stacks(replace(config, dense_layers=config.layers), checkpoint, [], "cpu", shared=False, fp8=True) == {}
 
 
 @pytest.mark.parametrize(
@@ -438,28 +443,56 @@ def test_many_readers_put_every_byte_in_its_place(
 
 
 def test_neighbours_are_read_at_once_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes 0 to 40, of which nobody asked for 20 to 24 and 31 is where a float32 may not begin in memory."""
-    monkeypatch.setattr(common.transfer, "CHUNK", 20)
-    path = tmp_path / "file"
-    path.write_bytes(bytes(range(40)))
+    """Of two files of 40 bytes. Nobody asked for 20 to 24; at 31 no float32 may begin in memory."""
+    monkeypatch.setattr(common.transfer, "CHUNK", 60)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.write_bytes(bytes(range(40)))
     asked = [(0, 3, torch.float32), (12, 4, torch.bfloat16), (24, 7, torch.uint8), (31, 2, torch.float32)]
-    transfers = [Transfer(path, start, dtype, torch.zeros(count, dtype=dtype)) for start, count, dtype in asked]
-    chunks = list(common.transfer._chunks(iter(transfers), {path: 0}))
-    assert [(c.start, c.size, [at for at, _ in c.parts]) for c in chunks] == [
-        (0, 20, [0, 12]),
-        (24, 7, [0]),
-        (31, 8, [0]),
-    ]
+    transfers = [Transfer(paths[0], start, dtype, torch.zeros(count, dtype=dtype)) for start, count, dtype in asked]
+    transfers.append(Transfer(paths[1], 39, torch.uint8, torch.zeros(1, dtype=torch.uint8)))  # the first ends there
+    chunks = list(common.transfer._chunks(iter(transfers), dict.fromkeys(paths, 0)))
+    assert [(c.path.name, c.start, c.size) for c in chunks] == [
+        ("a", 0, 20), ("a", 24, 7), ("a", 31, 8), ("b", 39, 1)
+    ]  # fmt: skip
+    assert [at for at, _ in chunks[0].parts] == [0, 12]
     told: list[int] = []
     transfer(transfers, told.append)
-    assert told == [20, 7, 8]
-    for (start, _, _), one in zip(asked, transfers, strict=True):
-        assert one.out.data.view(torch.uint8).tolist() == list(range(start, start + one.size))
-    # Two that fit each but not together, and one that fits nowhere.
-    wide = [Transfer(path, start, torch.uint8, torch.zeros(n, dtype=torch.uint8)) for start, n in ((0, 12), (12, 9))]
-    assert [c.size for c in common.transfer._chunks(iter(wide), {path: 0})] == [12, 9]
-    (alone,) = [Transfer(path, 0, torch.uint8, torch.zeros(40, dtype=torch.uint8))]
-    assert [part.size for part in common.transfer._cut(alone)] == [20, 20]
+    assert told == [20, 7, 8, 1]
+    for one in transfers:
+        assert one.out.data.view(torch.uint8).tolist() == list(range(one.start, one.start + one.size))
+
+
+def test_a_chunk_ends_where_the_next_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.transfer, "CHUNK", 20)
+    two = [Transfer(tmp_path, start, torch.uint8, torch.zeros(n, dtype=torch.uint8)) for start, n in ((0, 12), (12, 9))]
+    assert [c.size for c in common.transfer._chunks(iter(two), {tmp_path: 0})] == [12, 9]
+    large = Transfer(tmp_path, 0, torch.uint8, torch.zeros(50, dtype=torch.uint8))
+    assert [part.size for part in common.transfer._cut(large)] == [20, 20, 10]
+    blocks = empty((300, 200), torch.bfloat16, "cpu", fp8=True)
+    wide = list(common.transfer._cut(Transfer(tmp_path, 8, torch.bfloat16, blocks)))
+    row = 2 * 200  # bytes
+    assert [(part.start - 8, part.size) for part in wide] == [
+        (0, 128 * row), (128 * row, 128 * row), (256 * row, 44 * row)
+    ]  # fmt: skip
+    monkeypatch.setattr(common.transfer, "CHUNK", 299 * row)
+    wide = list(common.transfer._cut(Transfer(tmp_path, 8, torch.bfloat16, blocks)))
+    assert [part.size for part in wide] == [256 * row, 44 * row]
+
+
+def test_one_is_told_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.transfer, "CHUNK", 64)
+    path, inside, most = tmp_path / "file", [0], [0]
+    path.write_bytes(bytes(1 << 12))
+
+    def told(size: int) -> None:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(1e-3)  # others may come
+        inside[0] -= 1
+
+    transfer([Transfer(path, 0, torch.uint8, torch.zeros(1 << 12, dtype=torch.uint8))], told, threads=8)
+    assert most == [1]
 
 
 @pytest.mark.parametrize("threads", [1, 4])

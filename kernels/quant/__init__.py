@@ -22,7 +22,7 @@ def quantise_rows(x: Tensor, out: Fp8Rows) -> None:
 
 def quantise_blocks(w: Tensor, out: Fp8Blocks | None = None) -> Fp8Blocks:
     """`w` [..., in, out] of any lengths, to one scale a block of GROUP x GROUP, the last of a row or column smaller; in
-    `out`, or in the memory order of `w`. The codes are the same on every device."""
+    `out`, or in the memory order of `w`. The codes are the same on every device; NaN makes its block's scale NaN."""
     if w.is_cuda and w.dim() == 2 and w.stride(1) == 1 and _codes_e4m3():
         from kernels.quant import triton
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from threading import Lock
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,6 +52,9 @@ def quantise_rows(x: Tensor, out: Fp8Rows) -> None:
         )
 
 
+_one_compiles = Lock()  # of the threads that read weights, which all come at once
+
+
 @triton.jit
 def _quantise_blocks(w, data, scale, rows, columns, row, data_row, scale_row, GROUP: tl.constexpr):
     """A block a program. Divisions round as IEEE has it: a checkpoint's codes are the same wherever they are made."""
@@ -61,6 +66,9 @@ def _quantise_blocks(w, data, scale, rows, columns, row, data_row, scale_row, GR
     dtype: tl.constexpr = data.dtype.element_ty
     largest = tl.maximum(tl.max(tl.max(tl.abs(values), 1), 0), 1e-10)
     own = tl.div_rn(largest, fp8_max(dtype))
+    # A maximum passes NaN over: a damaged weight would become a number.
+    damaged = tl.max(tl.max((values != values).to(tl.int32), 1), 0) > 0
+    own = tl.where(damaged, float("nan"), own)
     coded = to_fp8(tl.div_rn(values, tl.zeros_like(values) + own), dtype)
     tl.store(data + down * data_row + across, coded, mask=inside)
     tl.store(scale + part * scale_row + column, own)
@@ -71,6 +79,8 @@ def quantise_blocks(w: Tensor, out: Fp8Blocks) -> None:
     rows, columns = w.shape
     if not w.stride(1) == out.data.stride(1) == out.scale.stride(1) == 1:
         raise ValueError("quantise_blocks wants columns that lie side by side")
-    _quantise_blocks[(cdiv(rows, GROUP), cdiv(columns, GROUP))](
-        w, out.data, out.scale, rows, columns, w.stride(0), out.data.stride(0), out.scale.stride(0), GROUP, num_warps=8
-    )
+    with _one_compiles:
+        _quantise_blocks[(cdiv(rows, GROUP), cdiv(columns, GROUP))](
+            w, out.data, out.scale, rows, columns, w.stride(0), out.data.stride(0), out.scale.stride(0), GROUP,
+            num_warps=8,
+        )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from common.model_config import ModelConfig
-from common.source import Progress, Read, Source, columns_of, empty, expert_of, put, rows_of, transposed
+from common.source import Progress, Read, Source, empty, expert_of, rows_of, transposed
 from kernels.experts import slot_table
 from kernels.quant import GROUP, Fp8Blocks
 from services.expert_shard.experts import names
@@ -41,7 +41,7 @@ def load_stacks(
 
     `progress` is told of bytes read. Raises ConfigError naming a tensor that is missing or has another shape.
     """
-    if fp8 and config.moe_inter % GROUP:
+    if fp8 and config.moe_layers and config.moe_inter % GROUP:
         raise ConfigError(
             f"experts in fp8 need a moe_intermediate_size that is a multiple of {GROUP}, not {config.moe_inter}"
         )
@@ -65,28 +65,42 @@ class _Layer:
         self._down = empty((held, hidden, inter), torch.bfloat16, device, fp8=fp8)
         self.reads: list[Read] = []
         for slot, expert in enumerate(experts, extra):
-            self.reads += map(Read, names(index, expert), self._slot(slot))
-        # The source has the shared experts as one FFN of their joint width: expert i is its i-th part.
-        self._joint: tuple[Tensor | Fp8Blocks, ...] = ()
+            both = expert_of(self._gate_up, slot)
+            outs = rows_of(both, 0, inter), rows_of(both, inter, 2 * inter), expert_of(self._down, slot)
+            self.reads += map(Read, names(index, expert), outs)
         if extra:
-            shapes = (extra * inter, hidden), (extra * inter, hidden), (hidden, extra * inter)
-            joint = (empty(shape, torch.bfloat16, device, fp8=fp8) for shape in shapes)
-            self._joint = self._slot(0) if extra == 1 else tuple(joint)
+            both = _joint(self._gate_up, extra, 2 * extra * inter, hidden)
+            down = _joint(self._down, extra, hidden, extra * inter)
+            outs = rows_of(both, 0, extra * inter), rows_of(both, extra * inter, 2 * extra * inter), down
             name = f"model.layers.{index}.mlp.shared_experts"
-            self.reads += map(Read, (f"{name}.{part}_proj.weight" for part in ("gate", "up", "down")), self._joint)
-
-    def _slot(self, slot: int) -> tuple[Tensor | Fp8Blocks, ...]:
-        """Its gate, up and down as the source has them."""
-        both, inter = expert_of(self._gate_up, slot), self._inter
-        return rows_of(both, 0, inter), rows_of(both, inter, 2 * inter), expert_of(self._down, slot)
+            self.reads += map(Read, (f"{name}.{part}_proj.weight" for part in ("gate", "up", "down")), outs)
 
     def stack(self, slots: Tensor) -> ExpertStack:
-        """Once all is read. What was read of several shared experts is freed."""
-        joint, self._joint, self.reads = self._joint, (), []
+        """Once all is read."""
         if self._extra > 1:
-            for i in range(self._extra):
-                part, (gate, up, down) = (i * self._inter, (i + 1) * self._inter), self._slot(i)
-                put(rows_of(joint[0], *part), gate)
-                put(rows_of(joint[1], *part), up)
-                put(columns_of(joint[2], *part), down)
+            for gate_up, down in zip(_tensors(self._gate_up), _tensors(self._down), strict=True):
+                _take_apart(gate_up[: self._extra], 2)
+                _take_apart(down[: self._extra], len(down[0]))
         return ExpertStack(transposed(self._gate_up), transposed(self._down), slots)
+
+
+# The source has the shared experts as one FFN of their joint width, of which expert i is the i-th part. It is read to
+# where they will lie, each matrix as the source has it, and then their rows are put in order.
+
+
+def _joint(stack: Tensor | Fp8Blocks, experts: int, rows: int, columns: int) -> Tensor | Fp8Blocks:
+    """The memory of the first experts of a stack as one matrix of as many numbers."""
+    if isinstance(stack, Tensor):
+        return stack[:experts].view(rows, columns)
+    scales = -(-rows // GROUP), -(-columns // GROUP)
+    return Fp8Blocks(stack.data[:experts].view(rows, columns), stack.scale[:experts].view(scales))
+
+
+def _tensors(weight: Tensor | Fp8Blocks) -> tuple[Tensor, ...]:
+    return (weight,) if isinstance(weight, Tensor) else (weight.data, weight.scale)
+
+
+def _take_apart(experts: Tensor, parts: int) -> None:
+    """[experts, ...], of which the memory holds [parts, experts, ...]: each expert's parts one behind the other."""
+    joint = experts.view(parts, len(experts), -1)
+    experts.copy_(joint.transpose(0, 1).clone(memory_format=torch.contiguous_format).view(experts.shape))
