@@ -24,6 +24,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 define HELP
 make serve     set up .venv and start a cluster: WORKERS=$(WORKERS) SHARDS=$(SHARDS)
+make install   set up .venv alone
 make test      set up .venv, lint, type-check, run every test that needs no GPU
 make test-gpu  run every test that needs a GPU, with the pytest that is here, else as `make test`: PROCESSES=$(PROCESSES)
 make lint      mend and format what ruff can

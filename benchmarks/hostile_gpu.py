@@ -246,7 +246,7 @@ def run(name: str, check: Checks, pool: ThreadPoolExecutor, *, gpu: bool) -> Non
     with contextlib.ExitStack() as stack:
         if gpu and name == "split":
             stack.enter_context(mps())
-        check.say(f"{name}: its cluster starts")
+        check.say(f"{name}: its cluster starts, in 10 to 60 s")
         running = stack.enter_context(cluster(procfile="Procfile" if name == "split" else "", **settings))
         failed, attack = check.failed, Attack(running, check, pool, gpu=gpu)
         try:

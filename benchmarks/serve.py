@@ -285,7 +285,10 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} names no numbers of streams: use 1 or more, as 4,16,64")
+    return found
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
 LAST_WORDS_SECONDS = 0.6  # after the drain; honcho kills 5 s after it told everyone to leave
 READY_SECONDS = 0.5  # between two looks at /ready
+WAITING_SECONDS = 15.0  # between two lines that say why it is not
 NATS_CONF = Path(__file__).resolve().parent.parent / "nats.conf"
 LISTEN, ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
 
@@ -39,6 +40,7 @@ class ActorLine:
         self._settings: Settings | None = None
         self._announced = not module.endswith(".gateway")
         self._asked_at = 0.0
+        self._told_at = time.monotonic()
 
     def check(self) -> None:
         self._settings = Settings.from_env()
@@ -54,13 +56,18 @@ class ActorLine:
         return [sys.executable, "-m", self.name]
 
     def tick(self) -> None:
-        """The gateway's parent tells when the cluster can be used: the last line of a start."""
-        if self._announced or self._settings is None or time.monotonic() - self._asked_at < READY_SECONDS:
+        """The gateway's parent tells when the cluster can be used, the last line of a start, and what it waits for."""
+        now = time.monotonic()
+        if self._announced or self._settings is None or now - self._asked_at < READY_SECONDS:
             return
-        self._asked_at = time.monotonic()
-        if is_ready(self._settings.host, self._settings.port):
+        self._asked_at = now
+        why = why_not_ready(self._settings.host, self._settings.port)
+        if why is None:
             self._announced = True
             print(ready_line(self._settings), flush=True)
+        elif why and now - self._told_at >= WAITING_SECONDS:
+            self._told_at = now
+            print(f"Moecule is not ready yet: {why}", flush=True)
 
     def may_stop(self, waited: float) -> bool:
         return True
@@ -145,14 +152,19 @@ def sockets_on(port: int, state: str) -> int:
     return count
 
 
-def is_ready(host: str, port: int) -> bool:
-    """Whether /ready answers 200. A socket alone: an HTTP client would triple the parent's memory."""
+def why_not_ready(host: str, port: int) -> str | None:
+    """What /ready gives as its reason; None where it answers 200, empty where nobody answers. A socket alone: an HTTP
+    client would triple the parent's memory."""
     try:
         with socket.create_connection((reachable(host), port), timeout=0.5) as connection:
             connection.sendall(b"GET /ready HTTP/1.0\r\nHost: localhost\r\n\r\n")
-            return connection.recv(16).split(b" ")[1:2] == [b"200"]
-    except OSError:
-        return False
+            answer = b""
+            while part := connection.recv(4096):
+                answer += part
+        head, _, body = answer.partition(b"\r\n\r\n")
+        return None if head.split(b" ")[1:2] == [b"200"] else json.loads(body)["error"]["message"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def reachable(host: str) -> str:

@@ -20,6 +20,9 @@ from pathlib import Path
 
 from honcho.environ import parse
 
+from common.errors import ConfigError
+from common.lines import EXIT_CONFIG
+
 FORMATION = "expert_shard=2,gpu_worker=1"  # of which a Procfile takes the lines that it has
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 LONGEST_START_SECONDS = 5.0
@@ -49,10 +52,19 @@ def lines_run(honcho: int, lines: int) -> bool:
 
 
 def lines_of(formation: str, procfile: Path) -> int:
-    """How many processes `honcho start -c formation` starts."""
-    names = [line.partition(":")[0] for line in procfile.read_text().splitlines() if ":" in line]
-    wanted = dict(part.split("=") for part in formation.split(",") if part)
-    return sum(int(wanted.get(name, 1)) for name in names)
+    """How many processes `honcho start -c formation` starts. Raises ConfigError where that is no formation, or there is
+    no such file."""
+    try:
+        names = [line.partition(":")[0] for line in procfile.read_text().splitlines() if ":" in line]
+    except OSError as error:
+        raise ConfigError(f"the Procfile {str(procfile)!r} cannot be read: {error.strerror}") from None
+    wanted: dict[str, int] = {}
+    for part in filter(None, formation.split(",")):
+        name, _, count = part.partition("=")
+        if not count.isdecimal():
+            raise ConfigError(f"{part!r} does not say how many processes: use a number, as in SHARDS=2")
+        wanted[name] = int(count)
+    return sum(wanted.get(name, 1) for name in names)
 
 
 def _as_child() -> None:
@@ -72,13 +84,18 @@ def _end(honcho: subprocess.Popen[bytes]) -> None:
 
 def main(formation: str = FORMATION, procfile: str = "") -> int:
     procfile = procfile or procfile_here()
+    try:
+        lines = lines_of(formation, Path(procfile))
+    except ConfigError as error:
+        print(f"moecule: {error.message}", file=sys.stderr)
+        return EXIT_CONFIG
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS | {signal.SIGCHLD})
     honcho = subprocess.Popen(
         [sys.executable, "-m", "honcho", "-f", procfile, "start", "-c", formation],
         start_new_session=True,
         preexec_fn=_as_child,
     )
-    lines, began = lines_of(formation, Path(procfile)), time.monotonic()
+    began = time.monotonic()
     while honcho.poll() is None and not lines_run(honcho.pid, lines):
         if time.monotonic() - began > LONGEST_START_SECONDS:
             break

@@ -8,7 +8,8 @@ REQUEST = {"model": "tiny", "messages": [{"role": "user", "content": "What is 47
 
 
 async def main() -> None:
-    async with await nats.connect(os.environ.get("MOECULE_NATS_URL", "nats://127.0.0.1:4222")) as client:
+    url = os.environ.get("MOECULE_NATS_URL", "nats://127.0.0.1:4222")
+    async with await nats.connect(url, max_reconnect_attempts=3) as client:  # an error, not waiting
         answers = await client.subscribe(inbox := client.new_inbox())
         await client.publish("moecule.v1.generate", json.dumps(REQUEST).encode(), reply=inbox)
         async for message in answers.messages:

@@ -267,3 +267,10 @@ async def test_a_refused_prompt_is_the_one_reason(front: Front, capsys: pytest.C
 async def test_streams_that_do_not_last(front: Front, capsys: pytest.CaptureFixture[str]) -> None:
     assert not await run(front, "--beside", 2, "--input", 20, "--beside-output", 2)
     assert "2 x all its outputs ended before the spans did" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["0", "4,-1", "x", ""])
+def test_numbers_of_streams_that_are_none_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        serve.read_options(["--concurrency", text])
+    assert "--concurrency" in capsys.readouterr().err

@@ -9,13 +9,17 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
+import common.lines
+from common.errors import ConfigError
 from common.lines import ActorLine, ready_line
 from common.nats_bus import NatsBus
 from common.nats_login import Login
@@ -294,6 +298,22 @@ def test_serve_counts_the_lines_of_a_formation(tmp_path: Path):
     assert lines_of("shard=4,worker=0", tmp_path / "Procfile") == 5 and lines_of("", tmp_path / "Procfile") == 3
 
 
+@pytest.mark.parametrize("formation", ["shard=x", "shard=-1", "shard=", "shard", "worker=1,shard=2.5"])
+def test_what_is_no_formation_is_refused(tmp_path: Path, formation: str):
+    (tmp_path / "Procfile").write_text("shard: y\nworker: z\n")
+    with pytest.raises(ConfigError, match="does not say how many processes: use a number, as in SHARDS=2"):
+        lines_of(formation, tmp_path / "Procfile")
+    with pytest.raises(ConfigError, match=r"'.*none' cannot be read: No such file"):
+        lines_of("", tmp_path / "none")
+
+
+def test_serve_says_what_it_was_given_in_one_line(family: Family):
+    for arguments in (["gpu_worker=x"], ["", "nofile"]):
+        serve = family.start("common.serve", *arguments)
+        said = rest(serve)
+        assert serve.returncode == 78 and said.startswith("moecule: ") and said.count("\n") == 1
+
+
 def test_serve_takes_the_gpu_where_there_is_one_and_nobody_keeps_it_out(tmp_path: Path):
     without, with_one = {"PATH": str(tmp_path)}, {"PATH": str(tmp_path / "bin")}
     (tmp_path / "bin").mkdir()
@@ -340,6 +360,38 @@ def test_the_line_that_ends_a_start():
     assert "http://127.0.0.1:8123/v1/chat/completions" in line and '"model": "small"' in line and "\n" not in line
     assert "authorization" not in line
     assert "-H 'authorization: Bearer YOUR_KEY'" in ready_line(Settings(api_keys="keys"))
+
+
+def test_a_start_tells_what_it_waits_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    answers = [(503, b'{"error": {"message": "no worker is running"}}'), (503, b"what?"), (200, b'{"status": "ready"}')]
+
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/ready"
+            status, body = answers.pop(0)
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(common.lines, "READY_SECONDS", 0.0)
+    monkeypatch.setattr(common.lines, "WAITING_SECONDS", 0.0)
+    with HTTPServer(("127.0.0.1", 0), Gateway) as server:
+        line = ActorLine("services.gateway")
+        line._settings = Settings(port=server.server_port)
+        for left in (2, 1, 0, 0):  # what is ready is asked no more
+            thread = threading.Thread(target=server.handle_request) if answers else None
+            if thread:
+                thread.start()
+            line.tick()
+            if thread:
+                thread.join()
+            assert len(answers) == left
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "Moecule is not ready yet: no worker is running"
+    assert len(said) == 2 and said[1].startswith("Moecule is ready at ")
 
 
 # ---- NATS's line
