@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from common.errors import ConfigError
+from common.pages import PAGE
 from common.settings import NATS_URL_WORDS, Settings, unknown_settings, without_login
 from common.tracing import check_traces
 from common.weight_files import weight_files
@@ -25,8 +26,12 @@ def check_all(settings: Settings) -> None:
     check_http_port(settings)
 
 
+def has_gpu() -> bool:
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def check_device(settings: Settings) -> None:
-    if settings.device == "cuda" and not any(Path("/dev").glob("nvidia[0-9]*")):
+    if settings.device == "cuda" and not has_gpu():
         raise ConfigError("MOECULE_DEVICE is 'cuda', and this machine shows no NVIDIA GPU: unset it or use cpu")
 
 
@@ -109,6 +114,22 @@ def _can_listen(host: str, port: int, taken: str) -> bool:
     return True
 
 
-def warn_unknown(say: Callable[[str], None]) -> None:
+def warn(settings: Settings, say: Callable[[str], None]) -> None:
+    """Of what is set and counts for nothing, or for less than it says."""
     for sentence in unknown_settings():
         say(f"{sentence} (ignored)")
+    for sentence in shortfalls(settings):
+        say(sentence)
+
+
+def shortfalls(settings: Settings) -> Iterator[str]:
+    from common.model_config import ModelConfig
+
+    config = ModelConfig.load(settings.model, settings.weights)
+    context, held = config.context_within(settings.max_context), settings.kv_pages * PAGE
+    if settings.max_context > context:
+        yield f"MOECULE_MAX_CONTEXT is {settings.max_context}: the model's own limit of {context} tokens holds"
+    if 0 < held < context:
+        yield f"MOECULE_KV_PAGES is {settings.kv_pages}: a request may have {held} tokens, not the context's {context}"
+    if settings.experts_fp8 and (settings.device == "cpu" or not has_gpu()):
+        yield "MOECULE_EXPERTS_FP8 is 1: that counts on a GPU alone"

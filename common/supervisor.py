@@ -19,7 +19,7 @@ from typing import Protocol
 from common.cli import EXIT_USAGE
 from common.errors import ConfigError
 from common.lines import ActorLine, NatsLine
-from common.preflight import check_all, warn_unknown
+from common.preflight import check_all, warn
 from common.settings import Settings
 
 EXIT_CONFIG = 78
@@ -216,7 +216,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         return refuse(error, line)
     if isinstance(line, NatsLine):
-        warn_unknown(say)
+        warn(Settings.from_env(), say)
     signal.pthread_sigmask(signal.SIG_BLOCK, line.signals)
     return Supervisor(line).run()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from common.cores import cores_of, pin_actor
 from common.errors import ConfigError
-from common.preflight import nats_address
+from common.preflight import nats_address, shortfalls
 from common.settings import PREFIX, Settings, actor_id, node_id, unknown_settings
 
 
@@ -163,3 +164,13 @@ def test_an_actor_is_pinned_when_that_is_set_and_all_it_starts_with_it(monkeypat
             assert pool.submit(os.sched_getaffinity, 0).result() == {min(before)}
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_what_counts_for_less_than_it_says_is_told() -> None:
+    def told(**settings: Any) -> list[str]:
+        return list(shortfalls(Settings(model="models/tiny", device="cpu", **settings)))
+
+    assert told() == told(max_context=4096, kv_pages=64) == told(max_context=128, kv_pages=2) == []
+    assert told(max_context=5000) == ["MOECULE_MAX_CONTEXT is 5000: the model's own limit of 4096 tokens holds"]
+    assert told(kv_pages=2) == ["MOECULE_KV_PAGES is 2: a request may have 128 tokens, not the context's 4096"]
+    assert told(experts_fp8=True) == ["MOECULE_EXPERTS_FP8 is 1: that counts on a GPU alone"]
