@@ -76,6 +76,7 @@ class Checkpoint:
         value = _value(entry, dtype)
         if dtype is not CODED:
             return value
+        _require_matrix(name, entry)
         scale = _value(*self._checked(name + SCALES, [-(-n // GROUP) for n in entry.shape]))
         return dequantise(Fp8Blocks(value, scale.float()))
 
@@ -115,7 +116,8 @@ class Checkpoint:
         """What the file's bytes go to: `read.out`, unless they have to be dequantised, which takes their scales too."""
         if not self._is_dequantised(read):
             return read.out
-        self._checked(read.name, read.out.data.shape)
+        entry, _ = self._checked(read.name, read.out.data.shape)
+        _require_matrix(read.name, entry)
         return empty(read.out.data.shape, CODED, read.out.data.device, fp8=True)
 
     def _transfers(self, name: str, target: Tensor | Fp8Blocks) -> Iterator[Transfer]:
@@ -140,8 +142,6 @@ class Checkpoint:
         dtype = DTYPES.get(entry.dtype)
         if dtype is None:
             raise ConfigError(f"{entry.path}: tensor {name} is {entry.dtype}, which is not supported")
-        if dtype is CODED and len(entry.shape) < 2:
-            raise ConfigError(f"{entry.path}: tensor {name} is {entry.dtype}, and no matrix: it has no blocks")
         if entry.end - entry.start != math.prod(entry.shape) * dtype.itemsize:
             raise ConfigError(f"{entry.path}: tensor {name} has the wrong number of bytes")
         return entry, dtype
@@ -171,6 +171,11 @@ def _entry(path: Path, first: int, dtype: str, shape: list[int], data_offsets: l
     if not all(type(n) is int and 0 <= n < MOST for n in (*shape, start, end)) or type(dtype) is not str:
         raise ValueError(f"a tensor of {dtype}, shape {shape}, at {data_offsets}")
     return Entry(path, dtype, tuple(shape), first + start, first + end)
+
+
+def _require_matrix(name: str, entry: Entry) -> None:
+    if len(entry.shape) < 2:
+        raise ConfigError(f"{entry.path}: tensor {name} is {entry.dtype}, and no matrix: it has no blocks")
 
 
 def _value(entry: Entry, dtype: torch.dtype) -> Tensor:
