@@ -17,7 +17,7 @@ from common.errors import ConfigError
 from common.source import CODED, Progress, Read, empty, put
 from common.transfer import Transfer, open_file, read_into, transfer
 from common.weight_files import weight_files
-from kernels.quant import GROUP, Fp8Blocks, dequantise
+from kernels.quant import Fp8Blocks, dequantise, scale_shape
 
 DTYPES = {
     "F64": torch.float64,
@@ -77,7 +77,7 @@ class Checkpoint:
         if dtype is not CODED:
             return value
         _require_matrix(name, entry)
-        scale = _value(*self._checked(name + SCALES, [-(-n // GROUP) for n in entry.shape]))
+        scale = _value(*self._checked(name + SCALES, scale_shape(entry.shape)))
         return dequantise(Fp8Blocks(value, scale.float()))
 
     def fill(self, reads: Sequence[Read], progress: Progress | None = None) -> None:
@@ -121,13 +121,12 @@ class Checkpoint:
         return empty(read.out.data.shape, CODED, read.out.data.device, fp8=True)
 
     def _transfers(self, name: str, target: Tensor | Fp8Blocks) -> Iterator[Transfer]:
-        entry, dtype = self._checked(name, target.data.shape)
-        if dtype is not CODED or isinstance(target, Tensor):
-            yield Transfer(entry.path, entry.start, dtype, target)
-            return
-        yield Transfer(entry.path, entry.start, dtype, target.data)
-        entry, dtype = self._checked(name + SCALES, target.scale.shape)
-        yield Transfer(entry.path, entry.start, dtype, target.scale)
+        parts: list[tuple[str, Tensor | Fp8Blocks]] = [(name, target)]
+        if isinstance(target, Fp8Blocks) and self._is_coded(name):
+            parts = [(name, target.data), (name + SCALES, target.scale)]
+        for part, out in parts:
+            entry, dtype = self._checked(part, out.data.shape)
+            yield Transfer(entry.path, entry.start, dtype, out)
 
     def _is_dequantised(self, read: Read) -> bool:
         return self._is_coded(read.name) and isinstance(read.out, Tensor)

@@ -59,9 +59,7 @@ def empty(
     """[..., rows, columns] of `dtype`, or of 8 bits with one scale a block."""
     if not fp8:
         return torch.empty(*shape, dtype=dtype, device=device)
-    *stack, rows, columns = shape
-    scale = torch.empty(*stack, -(-rows // GROUP), -(-columns // GROUP), dtype=torch.float32, device=device)
-    return Fp8Blocks(torch.empty(*shape, dtype=CODED, device=device), scale)
+    return Fp8Blocks.empty(shape, device)
 
 
 def rows_of(weight: Tensor | Fp8Blocks, first: int, end: int) -> Tensor | Fp8Blocks:
@@ -84,9 +82,7 @@ def put(value: Tensor | Fp8Blocks, out: Tensor | Fp8Blocks) -> None:
     """out = value, in the form and dtype of `out`."""
     if isinstance(out, Tensor):
         out.copy_(dequantise(value) if isinstance(value, Fp8Blocks) else value)
-        return
-    if isinstance(value, Tensor):
+    elif isinstance(value, Tensor):
         quantise_blocks(value, out)
-        return
-    out.data.copy_(value.data)
-    out.scale.copy_(value.scale)
+    else:
+        out.copy_(value)

@@ -108,7 +108,7 @@ def test_blocks_are_naive_s(rows: int, columns: int, dtype: torch.dtype, apart: 
 def test_a_block_of_zeros_and_the_largest_numbers() -> None:
     w = torch.zeros(128, 256, device=DEVICE)
     w[:, :128] = torch.linspace(-1e38, 1e38, 128)
-    out = Fp8Blocks(torch.empty(128, 256, dtype=torch.float8_e4m3fn, device=DEVICE), torch.empty(1, 2, device=DEVICE))
+    out = Fp8Blocks.empty((128, 256), DEVICE)
     triton.quantise_blocks(w, out)
     assert not dequantise(out)[:, 128:].any()
     assert error_ratio(dequantise(out)[:, :128], w[:, :128]) < TOLERANCE[torch.float8_e4m3fn]
@@ -124,8 +124,7 @@ def test_blocks_at_full_size_are_those_of_a_cpu(dtype: torch.dtype) -> None:
 
 
 def test_blocks_go_where_they_are_wanted() -> None:
-    w, want = torch.randn(200, 130), naive.quantise_blocks(torch.zeros(200, 130))
-    out = Fp8Blocks(want.data, want.scale)
+    w, out = torch.randn(200, 130), Fp8Blocks.empty((200, 130), "cpu")
     assert quantise_blocks(w, out) is out
     again = quantise_blocks(w)
     assert torch.equal(out.data.float(), again.data.float()) and torch.equal(out.scale, again.scale)
@@ -135,7 +134,7 @@ def test_blocks_go_where_they_are_wanted() -> None:
 def test_a_damaged_weight_is_not_made_a_number() -> None:
     w = torch.ones(256, 256, device=DEVICE)
     w[3, 200] = torch.nan
-    out = Fp8Blocks(torch.empty(256, 256, dtype=torch.float8_e4m3fn, device=DEVICE), torch.empty(2, 2, device=DEVICE))
+    out = Fp8Blocks.empty((256, 256), DEVICE)
     triton.quantise_blocks(w, out)
     assert (
         out.scale.isnan().tolist() == naive.quantise_blocks(w).scale.isnan().tolist() == [[False, True], [False, False]]

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from kernels.quant import naive
-from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows, dequantise
+from kernels.quant.naive import GROUP, Fp8Blocks, Fp8Rows, dequantise, scale_shape
 
-__all__ = ["GROUP", "Fp8Blocks", "Fp8Rows", "dequantise", "quantise_blocks", "quantise_rows"]
+__all__ = ["GROUP", "Fp8Blocks", "Fp8Rows", "dequantise", "quantise_blocks", "quantise_rows", "scale_shape"]
 
 
 def quantise_rows(x: Tensor, out: Fp8Rows) -> None:
@@ -26,16 +26,13 @@ def quantise_blocks(w: Tensor, out: Fp8Blocks | None = None) -> Fp8Blocks:
     if w.is_cuda and w.dim() == 2 and w.stride(1) == 1 and _codes_e4m3():
         from kernels.quant import triton
 
-        if out is None:
-            scale = torch.empty(*(-(-n // GROUP) for n in w.shape), dtype=torch.float32, device=w.device)
-            out = Fp8Blocks(torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device), scale)
+        out = out or Fp8Blocks.empty(w.shape, w.device)
         triton.quantise_blocks(w, out)
         return out
     blocks = naive.quantise_blocks(w)
     if out is None:
         return blocks
-    out.data.copy_(blocks.data)
-    out.scale.copy_(blocks.scale)
+    out.copy_(blocks)
     return out
 
 

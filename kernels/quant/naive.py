@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,23 @@ class Fp8Blocks:
 
     data: Tensor  # e4m3 [..., in, out]
     scale: Tensor  # float32 [..., ceil(in / GROUP), ceil(out / GROUP)]
+
+    @staticmethod
+    def empty(shape: Sequence[int], device: torch.device | str) -> Fp8Blocks:
+        return Fp8Blocks(
+            torch.empty(*shape, dtype=torch.float8_e4m3fn, device=device),
+            torch.empty(*scale_shape(shape), dtype=torch.float32, device=device),
+        )
+
+    def copy_(self, other: Fp8Blocks) -> None:
+        self.data.copy_(other.data)
+        self.scale.copy_(other.scale)
+
+
+def scale_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of the scales of [..., in, out]."""
+    *stack, rows, columns = shape
+    return *stack, -(-rows // GROUP), -(-columns // GROUP)
 
 
 def quantise_rows(x: Tensor, out: Fp8Rows) -> None:

@@ -12,7 +12,7 @@ from common.errors import ConfigError
 from common.model_config import ModelConfig
 from common.source import Progress, Read, Source, empty, expert_of, rows_of, transposed
 from kernels.experts import slot_table
-from kernels.quant import GROUP, Fp8Blocks
+from kernels.quant import GROUP, Fp8Blocks, scale_shape
 from services.expert_shard.experts import names
 
 
@@ -92,8 +92,8 @@ def _joint(stack: Tensor | Fp8Blocks, experts: int, rows: int, columns: int) -> 
     """The memory of the first experts of a stack as one matrix of as many numbers."""
     if isinstance(stack, Tensor):
         return stack[:experts].view(rows, columns)
-    scales = -(-rows // GROUP), -(-columns // GROUP)
-    return Fp8Blocks(stack.data[:experts].view(rows, columns), stack.scale[:experts].view(scales))
+    shape = rows, columns
+    return Fp8Blocks(stack.data[:experts].view(shape), stack.scale[:experts].view(scale_shape(shape)))
 
 
 def _tensors(weight: Tensor | Fp8Blocks) -> tuple[Tensor, ...]:
