@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from common.bus import Bus
 from common.cli import read_settings
 from common.clock import Clock, RealClock, within
-from common.errors import BusUnavailable, ConfigError, MoeculeError, NoResponders
+from common.errors import EXIT_CONFIG, EXIT_UNAVAILABLE, BusUnavailable, ConfigError, MoeculeError, NoResponders
 from common.log import actor_log, setup_logs
 from common.messages import GetMetrics, Message, State, new_boot_id, subject
 from common.settings import Settings, node_id
@@ -31,8 +31,6 @@ SILENT_SECONDS = 5.0  # a peer without a heartbeat for so long is dead, counted 
 TWIN_SECONDS = 1.0
 DRAIN_GRACE_SECONDS = 0.5  # on top of drain_seconds, for telling the rest
 
-EXIT_CONFIG = 78  # the start must end: a restart would fail alike
-EXIT_UNAVAILABLE = 69  # NATS did not come up
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common.errors import ConfigError
+from common.errors import EXIT_CONFIG, EXIT_UNAVAILABLE, ConfigError
 from common.preflight import (
     check_device,
     check_http_port,
@@ -20,11 +20,10 @@ from common.preflight import (
     check_model_folder,
     check_nats_port,
     nats_address,
+    shortfalls,
 )
-from common.settings import Settings
+from common.settings import Settings, unknown_settings
 
-EXIT_UNAVAILABLE = 69
-EXIT_CONFIG = 78
 LAST_WORDS_SECONDS = 0.6  # after the drain; honcho kills 5 s after it told everyone to leave
 READY_SECONDS = 0.5  # between two looks at /ready
 WAITING_SECONDS = 15.0  # between two lines that say why it is not
@@ -34,6 +33,7 @@ LISTEN, ESTABLISHED = "0A", "01"  # states in /proc/net/tcp
 
 class ActorLine:
     signals: frozenset[signal.Signals] = frozenset()
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, module: str) -> None:
         self.name = module
@@ -83,6 +83,7 @@ class ActorLine:
 class NatsLine:
     name = "nats-server"
     signals = frozenset({signal.SIGHUP})  # it reads its configuration again
+    warnings: tuple[str, ...] = ()  # of what all lines share: one speaks for them
 
     def __init__(self) -> None:
         self._address = ("", 0)
@@ -96,13 +97,14 @@ class NatsLine:
     def check(self) -> None:
         settings = Settings.from_env()
         check_device(settings)
-        check_model(settings)
+        config = check_model(settings)
         self._patience = settings.drain_seconds + LAST_WORDS_SECONDS
         self._conf = Path(settings.nats_conf) if settings.nats_conf else NATS_CONF
         if not self._conf.is_file():
             raise ConfigError(f"there is no file {settings.nats_conf!r} (MOECULE_NATS_CONF)")
         self._address = nats_address(settings)
         self._local = check_nats_port(settings)
+        self.warnings = (*(f"{one} (ignored)" for one in unknown_settings()), *shortfalls(settings, config))
 
     def command(self) -> list[str]:
         host, port = self._address

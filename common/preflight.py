@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from common.errors import ConfigError
 from common.pages import PAGE
-from common.settings import NATS_URL_WORDS, Settings, unknown_settings, without_login
+from common.settings import NATS_URL_WORDS, Settings, without_login
 from common.tracing import check_traces
 from common.weight_files import weight_files
+
+if TYPE_CHECKING:
+    from common.model_config import ModelConfig
 
 
 def check_all(settings: Settings) -> None:
@@ -43,12 +47,12 @@ def check_model_folder(settings: Settings) -> None:
         raise ConfigError(f"the model folder {settings.model!r} (MOECULE_MODEL) has no config.json")
 
 
-def check_model(settings: Settings) -> None:
+def check_model(settings: Settings) -> ModelConfig:
     """Raises ConfigError also for a config.json that names what we do not have."""
     check_model_folder(settings)
     from common.model_config import ModelConfig  # needed by this check alone
 
-    ModelConfig.load(settings.model, settings.weights)
+    return ModelConfig.load(settings.model, settings.weights)
 
 
 def check_weights(settings: Settings) -> None:
@@ -114,18 +118,8 @@ def _can_listen(host: str, port: int, taken: str) -> bool:
     return True
 
 
-def warn(settings: Settings, say: Callable[[str], None]) -> None:
-    """Of what is set and counts for nothing, or for less than it says."""
-    for sentence in unknown_settings():
-        say(f"{sentence} (ignored)")
-    for sentence in shortfalls(settings):
-        say(sentence)
-
-
-def shortfalls(settings: Settings) -> Iterator[str]:
-    from common.model_config import ModelConfig
-
-    config = ModelConfig.load(settings.model, settings.weights)
+def shortfalls(settings: Settings, config: ModelConfig) -> Iterator[str]:
+    """A sentence for each setting that counts for less than it says."""
     context, held = config.context_within(settings.max_context), settings.kv_pages * PAGE
     if settings.max_context > context:
         yield f"MOECULE_MAX_CONTEXT is {settings.max_context}: the model's own limit of {context} tokens holds"

@@ -20,8 +20,7 @@ from pathlib import Path
 
 from honcho.environ import parse
 
-from common.errors import ConfigError
-from common.lines import EXIT_CONFIG
+from common.errors import EXIT_CONFIG, ConfigError
 
 FORMATION = "expert_shard=2,gpu_worker=1"  # of which a Procfile takes the lines that it has
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}

@@ -17,12 +17,11 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from common.cli import EXIT_USAGE
-from common.errors import ConfigError
+from common.errors import EXIT_CONFIG, ConfigError
 from common.lines import ActorLine, NatsLine
-from common.preflight import check_all, warn
+from common.preflight import check_all
 from common.settings import Settings
 
-EXIT_CONFIG = 78
 USAGE = "use: python -m common.supervisor services.<actor> | --nats | --check"
 TICK_SECONDS = 0.1
 LONG_LIFE_SECONDS = 10.0  # a child that lived so long is restarted as if for the first time
@@ -45,6 +44,7 @@ class Line(Protocol):
 
     name: str
     signals: frozenset[signal.Signals]  # that are for the child, and sent on to it
+    warnings: tuple[str, ...]  # what `check` found that does not end a start
 
     def check(self) -> None:
         """Raises ConfigError if a start is in vain."""
@@ -215,8 +215,8 @@ def main(arguments: list[str]) -> int:
         line.check()
     except ConfigError as error:
         return refuse(error, line)
-    if isinstance(line, NatsLine):
-        warn(Settings.from_env(), say)
+    for sentence in line.warnings:
+        say(sentence)
     signal.pthread_sigmask(signal.SIG_BLOCK, line.signals)
     return Supervisor(line).run()
 

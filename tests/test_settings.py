@@ -11,6 +11,7 @@ import pytest
 
 from common.cores import cores_of, pin_actor
 from common.errors import ConfigError
+from common.model_config import ModelConfig
 from common.preflight import nats_address, shortfalls
 from common.settings import PREFIX, Settings, actor_id, node_id, unknown_settings
 
@@ -168,7 +169,7 @@ def test_an_actor_is_pinned_when_that_is_set_and_all_it_starts_with_it(monkeypat
 
 def test_what_counts_for_less_than_it_says_is_told() -> None:
     def told(**settings: Any) -> list[str]:
-        return list(shortfalls(Settings(model="models/tiny", device="cpu", **settings)))
+        return list(shortfalls(Settings(device="cpu", **settings), ModelConfig.load("models/tiny")))
 
     assert told() == told(max_context=4096, kv_pages=64) == told(max_context=128, kv_pages=2) == []
     assert told(max_context=5000) == ["MOECULE_MAX_CONTEXT is 5000: the model's own limit of 4096 tokens holds"]
