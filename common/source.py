@@ -16,7 +16,7 @@ from kernels.quant import GROUP, Fp8Blocks, dequantise, quantise_blocks
 CODED = torch.float8_e4m3fn
 
 Progress = Callable[[int, int], None]
-"""(bytes done, bytes to do). Called by the thread that reads, whichever that is, but never by two at a time."""
+"""(bytes done, bytes to do)."""
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
@@ -18,9 +18,9 @@ from common.errors import ConfigError
 from common.source import put, rows_of
 from kernels.quant import GROUP, Fp8Blocks
 
-CHUNK = 16 << 20  # bytes read at a time; at half of it readers spend longer waiting for each other (for the GIL)
-THREADS = 8  # that read for a GPU; one that only waits for a disk or a copy costs nothing
-BUFFERS = 2  # a thread: one is read into while the other is copied
+CHUNK = 8 << 20  # bytes read at a time: larger buffers fit no cache, smaller ones cost more calls than they gain
+THREADS = 8  # that read for a GPU; one that only waits for a disk costs nothing
+BUFFERS = 12  # that they read into: the rest are being copied, which is faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,9 @@ class _Chunk:
     parts: list[tuple[int, Transfer]]  # (byte of the chunk, what begins there)
 
 
-def transfer(transfers: Sequence[Transfer], advance: Callable[[int], None], *, threads: int | None = None) -> None:
-    """All on one device. `advance` is told of bytes read, by one thread at a time. Raises ConfigError naming a file
-    that cannot be read; then some of the tensors hold anything."""
+def transfer(transfers: Sequence[Transfer], advance: Callable[[int], None]) -> None:
+    """All on one device. `advance` is told of bytes read. Raises ConfigError naming a file that cannot be read; then
+    some of the tensors hold anything."""
     transfers = [one for one in transfers if one.size]
     if not transfers:
         return
@@ -64,16 +64,14 @@ def transfer(transfers: Sequence[Transfer], advance: Callable[[int], None], *, t
     with ExitStack() as stack:
         files = {path: open_file(path, stack) for path in {one.path for one in transfers}}
         in_order = sorted(transfers, key=lambda one: (one.path, one.start))
-        chunks = deque(_chunks((part for one in in_order for part in _cut(one)), files))
-        threads = min(threads or (THREADS if device.type == "cuda" else 1), len(chunks))
-        lanes = [_GpuLane(device) if device.type == "cuda" else _Lane() for _ in range(threads)]
-        advance = _one_at_a_time(advance)
-        if threads == 1:
-            _drain(chunks, lanes[0], advance)
+        chunks = _chunks((part for one in in_order for part in _cut(one)), files)
+        if device.type == "cuda":
+            with _stream_of_its_own(device):
+                _read_ahead(chunks, _PinnedBuffer, advance)
         else:
-            with ThreadPoolExecutor(threads) as pool:
-                for done in [pool.submit(_drain, chunks, lane, advance) for lane in lanes]:
-                    done.result()
+            for chunk in chunks:
+                _read_in_place(chunk)
+                advance(chunk.size)
 
 
 def open_file(path: Path, stack: ExitStack) -> int:
@@ -119,81 +117,101 @@ def _chunks(parts: Iterable[Transfer], files: dict[Path, int]) -> Iterator[_Chun
         yield chunk
 
 
-def _one_at_a_time(advance: Callable[[int], None]) -> Callable[[int], None]:
-    lock = Lock()
+def _read_in_place(chunk: _Chunk) -> None:
+    for at, part in chunk.parts:
+        as_it_is = isinstance(part.out, Tensor) and part.out.dtype is part.dtype
+        values = part.out.data.view(-1) if as_it_is else torch.empty(part.out.data.numel(), dtype=part.dtype)
+        read_into(values.view(torch.uint8).numpy().data, chunk.fd, chunk.path, chunk.start + at)
+        if not as_it_is:
+            part.put(values)
 
-    def locked(size: int) -> None:
-        with lock:
-            advance(size)
 
-    return locked
+@contextmanager
+def _stream_of_its_own(device: torch.device) -> Iterator[None]:
+    """All that was begun on it is done when it is left."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))  # what was there before may still be in use
+    with torch.cuda.stream(stream):
+        try:
+            yield
+        finally:
+            stream.synchronize()
 
 
-def _drain(chunks: deque[_Chunk], lane: _Lane, advance: Callable[[int], None]) -> None:
-    """Until none is left; where one fails, the other threads find none left."""
-    try:
-        with lane.open():
-            while chunks:
-                try:
-                    chunk = chunks.popleft()
-                except IndexError:  # another thread was faster
-                    break
-                lane.take(chunk)
+class _PinnedBuffer:
+    """Copied from on the current stream."""
+
+    def __init__(self, size: int) -> None:
+        self._bytes = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.memory = self._bytes.numpy().data
+        # A thread that waits for a blocking event leaves its core to those that read.
+        self._copied = torch.cuda.Event(blocking=True)
+
+    def begin_copy(self, chunk: _Chunk) -> None:
+        """Of a chunk that has been read into it."""
+        for at, part in chunk.parts:
+            part.put(self._bytes[at : at + part.size].view(part.dtype))
+        self._copied.record()
+
+    def copied(self) -> bool:
+        return self._copied.query()
+
+    def wait(self) -> None:
+        self._copied.synchronize()
+
+
+_Asked = SimpleQueue[tuple[_Chunk, _PinnedBuffer] | None]
+_Read = SimpleQueue[tuple[_Chunk, _PinnedBuffer, BaseException | None]]
+
+
+def _read_ahead(
+    chunks: Iterator[_Chunk], new_buffer: Callable[[int], _PinnedBuffer], advance: Callable[[int], None]
+) -> None:
+    """Threads read, and this one has copied what they have read: each of copying's many short calls lets go of the
+    GIL, and threads that all make them wait for each other. Copies are begun when it returns, not done."""
+    asked, read = _Asked(), _Read()
+    free, copying = list[_PinnedBuffer](), deque[_PinnedBuffer]()
+    made = reading = 0
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            to_read = next(chunks, None)
+            while to_read is not None or reading:
+                while copying and (copying[0].copied() or not (free or reading)):
+                    copying[0].wait()
+                    free.append(copying.popleft())
+                while to_read is not None and (free or made < BUFFERS):
+                    if not free:
+                        free.append(new_buffer(CHUNK))
+                        made += 1
+                        if made <= THREADS:
+                            pool.submit(_read_what_is_asked, asked, read)
+                    buffer = free.pop()
+                    if len(buffer.memory) < to_read.size:  # blocks of very wide rows
+                        buffer = new_buffer(to_read.size)
+                    asked.put((to_read, buffer))
+                    reading += 1
+                    to_read = next(chunks, None)
+                chunk, buffer, error = read.get()
+                if error is not None:
+                    raise error
+                reading -= 1
+                buffer.begin_copy(chunk)
+                copying.append(buffer)
                 advance(chunk.size)
-    except BaseException:
-        chunks.clear()
-        raise
+        finally:
+            for _ in range(THREADS):
+                asked.put(None)
 
 
-class _Lane:
-    """One thread's way into memory."""
-
-    def take(self, chunk: _Chunk) -> None:
-        for at, part in chunk.parts:
-            as_it_is = isinstance(part.out, Tensor) and part.out.dtype is part.dtype
-            values = part.out.data.view(-1) if as_it_is else torch.empty(part.out.data.numel(), dtype=part.dtype)
-            read_into(values.view(torch.uint8).numpy().data, chunk.fd, chunk.path, chunk.start + at)
-            if not as_it_is:
-                part.put(values)
-
-    def open(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
-class _GpuLane(_Lane):
-    """One thread's way to a GPU; its copies are done when it is closed."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._stream.wait_stream(torch.cuda.current_stream(device))  # what was there before may still be in use
-        self._buffers: deque[tuple[Tensor, torch.cuda.Event]] = deque()
-
-    def take(self, chunk: _Chunk) -> None:
-        if len(self._buffers) < BUFFERS:
-            # A thread that waits for a blocking event leaves its core to those that read.
-            buffer, copied = _pinned(max(CHUNK, chunk.size)), torch.cuda.Event(blocking=True)
+def _read_what_is_asked(asked: _Asked, read: _Read) -> None:
+    while (item := asked.get()) is not None:
+        chunk, buffer = item
+        try:
+            read_into(buffer.memory[: chunk.size], chunk.fd, chunk.path, chunk.start)
+        except BaseException as error:
+            read.put((chunk, buffer, error))
         else:
-            buffer, copied = self._buffers.popleft()
-            copied.synchronize()
-            if len(buffer) < chunk.size:  # blocks of very wide rows
-                buffer = _pinned(chunk.size)
-        read_into(buffer[: chunk.size].numpy().data, chunk.fd, chunk.path, chunk.start)
-        for at, part in chunk.parts:
-            part.put(buffer[at : at + part.size].view(part.dtype))
-        copied.record()
-        self._buffers.append((buffer, copied))
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        with torch.cuda.stream(self._stream):
-            try:
-                yield
-            finally:
-                self._stream.synchronize()
-
-
-def _pinned(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            read.put((chunk, buffer, None))
 
 
 def read_into(view: memoryview, fd: int, path: Path, start: int) -> None:

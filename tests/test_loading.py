@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -421,10 +424,53 @@ def test_random_weights_have_a_fingerprint_of_their_own(tmp_path: Path) -> None:
 # ---- files into memory
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_many_readers_put_every_byte_in_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
-) -> None:
+class LateBuffer:
+    """As a GPU's: what is begun to be copied is read from memory some time later, in the order of its beginning."""
+
+    made: ClassVar[list[LateBuffer]] = []
+    begun: ClassVar[deque[tuple[LateBuffer, Any]]] = deque()
+
+    def __init__(self, size: int) -> None:
+        self._bytes = torch.zeros(size, dtype=torch.uint8)
+        self.memory = self._bytes.numpy().data
+        self._asked = 0
+        self.made.append(self)
+
+    def begin_copy(self, chunk: Any) -> None:
+        assert self not in [buffer for buffer, _ in self.begun], "read into before it was copied"
+        self.begun.append((self, chunk))
+        self._asked = 0
+
+    def copied(self) -> bool:
+        self._asked += 1
+        if self._asked > 2:
+            self.wait()
+        return self not in [buffer for buffer, _ in self.begun]
+
+    def wait(self) -> None:
+        while self in [buffer for buffer, _ in self.begun]:
+            buffer, chunk = self.begun.popleft()
+            for at, part in chunk.parts:
+                part.put(buffer._bytes[at : at + part.size].view(part.dtype))
+
+
+def to_gpu(transfers: Sequence[Transfer], advance: Callable[[int], None]) -> None:
+    LateBuffer.made.clear()
+    LateBuffer.begun.clear()
+    with ExitStack() as stack:
+        files = {path: common.transfer.open_file(path, stack) for path in {one.path for one in transfers}}
+        in_order = sorted(transfers, key=lambda one: (one.path, one.start))
+        parts = [part for one in in_order if one.size for part in common.transfer._cut(one)]
+        common.transfer._read_ahead(common.transfer._chunks(parts, files), LateBuffer, advance)
+    while LateBuffer.begun:
+        LateBuffer.begun[-1][0].wait()
+
+
+READERS = pytest.mark.parametrize("run", [transfer, to_gpu], ids=["cpu", "gpu"])
+
+
+@READERS
+def test_every_byte_comes_to_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     monkeypatch.setattr(common.transfer, "CHUNK", 4096)
     kinds = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
     values = {str(i): torch.randn(37 + 911 * i).to(kinds[i % 5]) for i in range(20)} | {"none": torch.empty(0)}
@@ -436,10 +482,26 @@ def test_many_readers_put_every_byte_in_its_place(
         outs[name] = torch.empty(value.shape, dtype=dtype)
         entry, stored_as = checkpoint._checked(name, value.shape)
         transfers.append(Transfer(entry.path, entry.start, stored_as, outs[name]))
-    transfer(transfers, told.append, threads=threads)
+    run(transfers, told.append)
     for name, out in outs.items():
         assert torch.equal(out.float(), values[name].to(out.dtype).float()), name
     assert sum(told) == sum(value.nbytes for value in values.values()) and max(told) <= 4096
+
+
+def test_no_more_buffers_than_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of rows wider than a buffer get one of their own."""
+    monkeypatch.setattr(common.transfer, "CHUNK", 4096)
+    weights = torch.randn(300, 200).bfloat16()
+    path = tmp_path / "file"
+    path.write_bytes(weights.view(torch.uint8).numpy().tobytes())
+    to_gpu([Transfer(path, 0, torch.uint8, torch.zeros(3 * 4096, dtype=torch.uint8))], lambda _: None)
+    assert [len(buffer.memory) for buffer in LateBuffer.made] == [4096] * 3
+    to_gpu([Transfer(path, 0, torch.uint8, torch.zeros(26 * 4096, dtype=torch.uint8))], lambda _: None)
+    assert [len(buffer.memory) for buffer in LateBuffer.made] == [4096] * common.transfer.BUFFERS
+    blocks = Fp8Blocks.empty((300, 200), "cpu")
+    to_gpu([Transfer(path, 0, torch.bfloat16, blocks)], lambda _: None)
+    want = quantise_blocks(weights)
+    assert torch.equal(blocks.data.float(), want.data.float()) and torch.equal(blocks.scale, want.scale)
 
 
 def test_neighbours_are_read_at_once_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,25 +542,8 @@ def test_a_chunk_ends_where_the_next_does_not_fit(tmp_path: Path, monkeypatch: p
     assert [part.size for part in wide] == [256 * row, 44 * row]
 
 
-def test_one_is_told_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common.transfer, "CHUNK", 64)
-    path, inside, most = tmp_path / "file", [0], [0]
-    path.write_bytes(bytes(1 << 12))
-
-    def told(size: int) -> None:
-        inside[0] += 1
-        most[0] = max(most[0], inside[0])
-        time.sleep(1e-3)  # others may come
-        inside[0] -= 1
-
-    transfer([Transfer(path, 0, torch.uint8, torch.zeros(1 << 12, dtype=torch.uint8))], told, threads=8)
-    assert most == [1]
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-def test_a_file_that_ends_early_stops_all_readers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
-) -> None:
+@READERS
+def test_a_file_that_ends_early_ends_the_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     monkeypatch.setattr(common.transfer, "CHUNK", 4096)
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     cut.write_bytes(bytes(100))
@@ -507,8 +552,9 @@ def test_a_file_that_ends_early_stops_all_readers(
     transfers[0] = replace(transfers[0], out=torch.empty(1000))
     told: list[int] = []
     with pytest.raises(ConfigError, match="cut ends too early"):
-        transfer(transfers, told.append, threads=threads)
+        run(transfers, told.append)
     assert sum(told) < 1 << 24
+    assert not [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
 
 
 def test_files_that_cannot_be_read_are_named_and_nothing_is_no_work(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from threading import Lock
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,9 +50,6 @@ def quantise_rows(x: Tensor, out: Fp8Rows) -> None:
         )
 
 
-_one_compiles = Lock()  # of the threads that read weights, which all come at once
-
-
 @triton.jit
 def _quantise_blocks(w, data, scale, rows, columns, row, data_row, scale_row, GROUP: tl.constexpr):
     """A block a program. Divisions round as IEEE has it: a checkpoint's codes are the same wherever they are made."""
@@ -79,8 +74,6 @@ def quantise_blocks(w: Tensor, out: Fp8Blocks) -> None:
     rows, columns = w.shape
     if not w.stride(1) == out.data.stride(1) == out.scale.stride(1) == 1:
         raise ValueError("quantise_blocks wants columns that lie side by side")
-    with _one_compiles:
-        _quantise_blocks[(cdiv(rows, GROUP), cdiv(columns, GROUP))](
-            w, out.data, out.scale, rows, columns, w.stride(0), out.data.stride(0), out.scale.stride(0), GROUP,
-            num_warps=8,
-        )  # fmt: skip
+    _quantise_blocks[(cdiv(rows, GROUP), cdiv(columns, GROUP))](
+        w, out.data, out.scale, rows, columns, w.stride(0), out.data.stride(0), out.scale.stride(0), GROUP, num_warps=8
+    )
