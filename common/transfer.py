@@ -181,19 +181,22 @@ def _read_ahead(
                     free.append(copying.popleft())
                 while to_read is not None and (free or made < BUFFERS):
                     if not free:
-                        free.append(new_buffer(CHUNK))
+                        free.append(new_buffer(max(CHUNK, to_read.size)))  # larger: blocks of very wide rows
                         made += 1
                         if made <= THREADS:
                             pool.submit(_read_what_is_asked, asked, read)
                     buffer = free.pop()
-                    if len(buffer.memory) < to_read.size:  # blocks of very wide rows
+                    if len(buffer.memory) < to_read.size:
                         buffer = new_buffer(to_read.size)
                     asked.put((to_read, buffer))
                     reading += 1
                     to_read = next(chunks, None)
                 chunk, buffer, error = read.get()
                 if error is not None:
-                    raise error
+                    try:
+                        raise error
+                    finally:
+                        del error  # it and this frame would keep each other, and all that is being loaded
                 reading -= 1
                 buffer.begin_copy(chunk)
                 copying.append(buffer)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -23,7 +25,7 @@ from common.errors import ConfigError
 from common.model_config import ModelConfig
 from common.random_weights import RandomWeights
 from common.source import Read, Source, empty, expert_of, open_source
-from common.transfer import Transfer, transfer
+from common.transfer import Transfer, read_into, transfer
 from kernels.experts.work import rows_and_scale
 from kernels.mla_prefill import triton as prefill
 from kernels.quant import Fp8Blocks, dequantise, quantise_blocks
@@ -454,14 +456,16 @@ class LateBuffer:
                 part.put(buffer._bytes[at : at + part.size].view(part.dtype))
 
 
-def to_gpu(transfers: Sequence[Transfer], advance: Callable[[int], None]) -> None:
+def to_gpu(
+    transfers: Sequence[Transfer], advance: Callable[[int], None], buffer: type[LateBuffer] = LateBuffer
+) -> None:
     LateBuffer.made.clear()
     LateBuffer.begun.clear()
     with ExitStack() as stack:
         files = {path: common.transfer.open_file(path, stack) for path in {one.path for one in transfers}}
         in_order = sorted(transfers, key=lambda one: (one.path, one.start))
         parts = [part for one in in_order if one.size for part in common.transfer._cut(one)]
-        common.transfer._read_ahead(common.transfer._chunks(parts, files), LateBuffer, advance)
+        common.transfer._read_ahead(common.transfer._chunks(parts, files), buffer, advance)
     while LateBuffer.begun:
         LateBuffer.begun[-1][0].wait()
 
@@ -500,8 +504,55 @@ def test_no_more_buffers_than_are_needed(tmp_path: Path, monkeypatch: pytest.Mon
     assert [len(buffer.memory) for buffer in LateBuffer.made] == [4096] * common.transfer.BUFFERS
     blocks = Fp8Blocks.empty((300, 200), "cpu")
     to_gpu([Transfer(path, 0, torch.bfloat16, blocks)], lambda _: None)
+    assert [len(buffer.memory) for buffer in LateBuffer.made] == [128 * 200 * 2] * 2 + [44 * 200 * 2]
     want = quantise_blocks(weights)
     assert torch.equal(blocks.data.float(), want.data.float()) and torch.equal(blocks.scale, want.scale)
+
+
+def pages(folder: Path, monkeypatch: pytest.MonkeyPatch, count: int, read: Callable[[int], None]) -> list[Transfer]:
+    """A file of so many chunks; `read` is told of each, by its number, before it is read."""
+
+    def told(view: memoryview, fd: int, path: Path, start: int) -> None:
+        read(start // 4096)
+        read_into(view, fd, path, start)
+
+    monkeypatch.setattr(common.transfer, "CHUNK", 4096)
+    monkeypatch.setattr(common.transfer, "read_into", told)
+    (folder / "file").write_bytes(bytes(count * 4096))
+    return [Transfer(folder / "file", 0, torch.uint8, torch.ones(count * 4096, dtype=torch.uint8))]
+
+
+def test_all_threads_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(common.transfer.THREADS)
+    to_gpu(pages(tmp_path, monkeypatch, 20, lambda i: together.wait(20) if i < 8 else None), lambda _: None)
+
+
+def test_a_buffer_is_read_into_again_while_other_threads_still_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = threading.Event()
+
+    def read(i: int) -> None:
+        if i == common.transfer.BUFFERS:
+            again.set()
+        assert i or again.wait(20)
+
+    to_gpu(pages(tmp_path, monkeypatch, 40, read), lambda _: None)
+
+
+def test_a_copy_is_waited_for_only_when_nothing_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun_to_read, told = list[int](), list[int]()
+
+    class Never(LateBuffer):
+        def copied(self) -> bool:
+            return self not in [buffer for buffer, _ in self.begun]
+
+        def wait(self) -> None:
+            assert self.copied() or len(begun_to_read) == len(told)
+            super().wait()
+
+    to_gpu(pages(tmp_path, monkeypatch, 40, begun_to_read.append), told.append, Never)
+    assert sorted(begun_to_read) == list(range(40)) and told == [4096] * 40
 
 
 def test_neighbours_are_read_at_once_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,10 +608,27 @@ def test_a_file_that_ends_early_ends_the_reading(tmp_path: Path, monkeypatch: py
     assert not [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
 
 
+@READERS
+def test_a_failure_keeps_nothing_of_what_was_loaded(tmp_path: Path, run: Any) -> None:
+    (tmp_path / "cut").write_bytes(bytes(100))
+    transfers = [Transfer(tmp_path / "cut", 0, torch.float32, torch.empty(1000))]
+    kept = weakref.ref(transfers[0].out)
+    gc.disable()  # a cycle would keep a model's weights until it runs
+    try:
+        with pytest.raises(ConfigError, match="cut ends too early"):
+            run(transfers, lambda _: None)
+        transfers.clear()
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 def test_files_that_cannot_be_read_are_named_and_nothing_is_no_work(tmp_path: Path) -> None:
     gone = Transfer(tmp_path / "gone", 0, torch.float32, torch.empty(1))
     with pytest.raises(ConfigError, match="gone cannot be read: No such file"):
         transfer([gone], print)
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        transfer([replace(gone, path=tmp_path)], print)
     transfer([], print)
     transfer([replace(gone, out=torch.empty(0))], print)
 
