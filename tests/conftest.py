@@ -33,6 +33,12 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for path in {item.path for item in items if item.get_closest_marker("gpu")}:
+        if not re.search(r"mark\.gpu|either_device", path.read_text()):
+            raise pytest.UsageError(f"{path}: `make test-gpu` takes the files that say mark.gpu or either_device")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch
