@@ -62,9 +62,7 @@ def transfer(transfers: Sequence[Transfer], advance: Callable[[int], None]) -> N
         return
     device = transfers[0].out.data.device
     with ExitStack() as stack:
-        files = {path: open_file(path, stack) for path in {one.path for one in transfers}}
-        in_order = sorted(transfers, key=lambda one: (one.path, one.start))
-        chunks = _chunks((part for one in in_order for part in _cut(one)), files)
+        chunks = _in_order(transfers, stack)
         if device.type == "cuda":
             with _stream_of_its_own(device):
                 _read_ahead(chunks, _PinnedBuffer, advance)
@@ -72,6 +70,13 @@ def transfer(transfers: Sequence[Transfer], advance: Callable[[int], None]) -> N
             for chunk in chunks:
                 _read_in_place(chunk)
                 advance(chunk.size)
+
+
+def _in_order(transfers: Sequence[Transfer], stack: ExitStack) -> Iterator[_Chunk]:
+    """As the files have them, which are open until `stack` closes."""
+    files = {path: open_file(path, stack) for path in {one.path for one in transfers}}
+    in_order = sorted(transfers, key=lambda one: (one.path, one.start))
+    return _chunks((part for one in in_order for part in _cut(one)), files)
 
 
 def open_file(path: Path, stack: ExitStack) -> int:

@@ -438,8 +438,11 @@ class LateBuffer:
         self._asked = 0
         self.made.append(self)
 
+    def is_late(self) -> bool:
+        return any(buffer is self for buffer, _ in self.begun)
+
     def begin_copy(self, chunk: Any) -> None:
-        assert self not in [buffer for buffer, _ in self.begun], "read into before it was copied"
+        assert not self.is_late(), "read into before it was copied"
         self.begun.append((self, chunk))
         self._asked = 0
 
@@ -447,10 +450,10 @@ class LateBuffer:
         self._asked += 1
         if self._asked > 2:
             self.wait()
-        return self not in [buffer for buffer, _ in self.begun]
+        return not self.is_late()
 
     def wait(self) -> None:
-        while self in [buffer for buffer, _ in self.begun]:
+        while self.is_late():
             buffer, chunk = self.begun.popleft()
             for at, part in chunk.parts:
                 part.put(buffer._bytes[at : at + part.size].view(part.dtype))
@@ -462,10 +465,8 @@ def to_gpu(
     LateBuffer.made.clear()
     LateBuffer.begun.clear()
     with ExitStack() as stack:
-        files = {path: common.transfer.open_file(path, stack) for path in {one.path for one in transfers}}
-        in_order = sorted(transfers, key=lambda one: (one.path, one.start))
-        parts = [part for one in in_order if one.size for part in common.transfer._cut(one)]
-        common.transfer._read_ahead(common.transfer._chunks(parts, files), buffer, advance)
+        chunks = common.transfer._in_order([one for one in transfers if one.size], stack)
+        common.transfer._read_ahead(chunks, buffer, advance)
     while LateBuffer.begun:
         LateBuffer.begun[-1][0].wait()
 
@@ -523,8 +524,9 @@ def pages(folder: Path, monkeypatch: pytest.MonkeyPatch, count: int, read: Calla
 
 
 def test_all_threads_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    together = threading.Barrier(common.transfer.THREADS)
-    to_gpu(pages(tmp_path, monkeypatch, 20, lambda i: together.wait(20) if i < 8 else None), lambda _: None)
+    threads = common.transfer.THREADS
+    together = threading.Barrier(threads)
+    to_gpu(pages(tmp_path, monkeypatch, 20, lambda i: together.wait(20) if i < threads else None), lambda _: None)
 
 
 def test_a_buffer_is_read_into_again_while_other_threads_still_read(
@@ -545,7 +547,7 @@ def test_a_copy_is_waited_for_only_when_nothing_is_read(tmp_path: Path, monkeypa
 
     class Never(LateBuffer):
         def copied(self) -> bool:
-            return self not in [buffer for buffer, _ in self.begun]
+            return not self.is_late()
 
         def wait(self) -> None:
             assert self.copied() or len(begun_to_read) == len(told)
