@@ -17,8 +17,6 @@ PROCFILE ?=
 # These may share the machine, two at a time; the rest starts processes and measures time-outs.
 SHARING := $(wildcard tests/test_kernels*.py tests/test_api*.py) $(addprefix tests/test_,$(addsuffix .py,\
 	asyncapi compile detokenizer grammar openapi responses_api sampling_params tokenize tools))
-# The rest needs not be importable where a GPU's torch is (tests/conftest.py holds every such test to these words).
-WITH_GPU := $(shell grep -lE 'mark\.gpu|either_device' tests/test_*.py)
 # These start MPS, which no other process may use at the time: each by itself, after the rest.
 WITH_MPS := tests/test_kernels_link.py tests/test_gpu_link.py
 
@@ -56,7 +54,7 @@ test-gpu:
 	@command -v pytest >/dev/null || $(MAKE) install
 	trap 'exit 130' INT; failed=0; \
 	export OMP_NUM_THREADS=1; \
-	pytest -m gpu -n $(PROCESSES) --dist loadfile $(filter-out $(WITH_MPS),$(WITH_GPU)) || failed=1; \
+	pytest -m gpu -n $(PROCESSES) --dist loadfile $(addprefix --ignore=,$(WITH_MPS)) || failed=1; \
 	for file in $(WITH_MPS); do pytest -m gpu $$file || failed=1; done; \
 	exit $$failed
 

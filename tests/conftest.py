@@ -33,10 +33,20 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+WITH_GPU = re.compile(r"mark\.gpu|either_device")  # says a file that has tests for one
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` no other file is imported: a GPU's machine may lack what it needs."""
+    if config.option.markexpr != "gpu" or not collection_path.match("test_*.py"):
+        return None
+    return None if WITH_GPU.search(collection_path.read_text()) else True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for path in {item.path for item in items if item.get_closest_marker("gpu")}:
-        if not re.search(r"mark\.gpu|either_device", path.read_text()):
-            raise pytest.UsageError(f"{path}: `make test-gpu` takes the files that say mark.gpu or either_device")
+        if not WITH_GPU.search(path.read_text()):
+            raise pytest.UsageError(f"{path}: `pytest -m gpu` takes the files that say mark.gpu or either_device")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
