@@ -26,6 +26,7 @@ class Told:
 
     def __init__(self) -> None:
         self.chunks: dict[str, list[TokenChunk]] = defaultdict(list)
+        self.preemptions = 0
         self._changed = threading.Condition()
 
     def submit(self, request: Generate) -> None:
@@ -35,6 +36,7 @@ class Told:
 
     def emit(self, output: StepOutput) -> None:
         with self._changed:
+            self.preemptions += output.stats.preemptions
             for chunks in output.chunks.values():
                 for chunk in chunks:
                     self.chunks[chunk.request_id].append(chunk)

@@ -120,6 +120,10 @@ class Heard:
         """The logits of their prompts' tokens but the last."""
         return torch.cat([row for request in asked for row in self._scored[request.request_id]]).cpu()
 
+    def of(self, request: Generate) -> Tensor:
+        """[its tokens but the last, vocab]."""
+        return torch.cat(self._scored[request.request_id] + self._sampled[request.request_id]).cpu()
+
     def texts(self, given: list[list[int]], tokens: int) -> tuple[list[list[int]], Tensor]:
         """Each prompt with so many tokens after it, and logits [T, vocab] of all tokens but each text's last. What the
         engine told of logprobs is theirs."""
@@ -135,7 +139,7 @@ class Heard:
         for prompt, request in zip(given, asked, strict=True):
             chunks = self.served.chunks[request.request_id]
             text = prompt + [token for chunk in chunks for token in chunk.tokens]
-            logits = torch.cat(self._scored[request.request_id] + self._sampled[request.request_id]).cpu()
+            logits = self.of(request)
             assert len(text) == len(prompt) + tokens == len(logits) + 1
             assert chunks[0].prompt_logprobs is not None
             told = [one.logprob for one in chunks[0].prompt_logprobs[1:] if one is not None]
@@ -189,6 +193,45 @@ def test_prefill_and_decode_agree_with_transformers(wide: Path, monkeypatch: pyt
     bound = MORE * told("transformers in bf16", theirs, want)
     assert told("ours", got, want) < max(LIMIT, bound)
     assert row_errors(got, want).median() < MORE * row_errors(theirs, want).median()
+
+
+@pytest.mark.parametrize("way", ["reused", "computed again"])
+def test_a_prefix_changes_little_when_it_is(way: str, wide: Path) -> None:
+    """Close class: from the prefix cache, or after a preemption (twelve pages for five requests of four). The told
+    logprobs' error in the median, since what is preempted may be sampled twice."""
+    again = way == "computed again"
+    served = Served(wide, chunk_tokens=128, pages=12 if again else 128, prefix_cache=not again)
+    given = prompts(5, 150, 640)
+    if not again:
+        served.run(*(ask(f"before{i}", p, max_tokens=1) for i, p in enumerate(given)))
+    asked = [
+        ask(f"r{i}", p, max_tokens=60, temperature=1.0, seed=i, logprobs=0, ignore_eos=True)
+        for i, p in enumerate(given)
+    ]
+    found = served.run(*asked)
+    served.engine.stop()
+    assert bool(served.preemptions) is again
+    assert [served.chunks[r.request_id][0].cached_tokens for r in asked] == [0 if again else 128] * len(asked)
+    texts = [prompt + tokens for prompt, tokens in zip(given, found, strict=True)]
+    chunks = [chunk for request in asked for chunk in served.chunks[request.request_id]]
+    got = torch.tensor([one.logprob for chunk in chunks for one in chunk.logprobs or ()])
+
+    def error(logprobs: Tensor) -> float:
+        return float((logprobs - want).abs().median())
+
+    want, theirs = (own_logprobs(by_transformers(wide, dtype), texts, 60) for dtype in (torch.float32, torch.bfloat16))
+    print(f"{way}: median error {error(got):.2e}, of transformers in bf16 {error(theirs):.2e}")
+    assert len(got) == len(want) == 5 * 60
+    assert error(got) < MORE * error(theirs)
+
+
+def own_logprobs(logits_of: Callable[[Tensor], Tensor], texts: list[list[int]], tokens: int) -> Tensor:
+    """Of the last so many tokens of each text."""
+    found = []
+    for text in texts:
+        logprobs = logits_of(torch.tensor(text))[-tokens - 1 : -1].float().cpu().log_softmax(-1)
+        found.append(logprobs[torch.arange(tokens), torch.tensor(text[-tokens:])])
+    return torch.cat(found)
 
 
 def test_an_fp8_cache_costs_what_its_rounding_costs(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
