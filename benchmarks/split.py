@@ -36,7 +36,10 @@ HEAD = (
 )
 
 
-TWO = "\n| input x streams, each of 2 workers | TPOT ms with both | with the other stopped | ratio |\n|---|--:|--:|--:|"
+TWO = (
+    "\n| input x streams, each of 2 workers | TPOT ms with both | with the other stopped | ratio | longest step |\n"
+    "|---|--:|--:|--:|--:|"
+)
 WARM_TOKENS = 32  # of each stream, before the time between two steps counts
 
 
@@ -82,7 +85,8 @@ def make_bench(folder: Path, settings: dict[str, Any], links: Any) -> Bench:
 
 
 def beside(bench: Bench, other: Companion, inputs: int, streams: int, outputs: int) -> str:
-    """A batch of ours; the other worker, which runs the same, stands still from the middle of it on."""
+    """A batch of ours; the other worker, which runs the same, stands still from the middle of it on. Means, so that a
+    pause counts: with the other stopped from the step on in which it was."""
     other.resume()
     other.run(inputs, streams, outputs)
     bench.steps.clear()
@@ -91,17 +95,17 @@ def beside(bench: Bench, other: Companion, inputs: int, streams: int, outputs: i
     def stop_in_the_middle() -> None:
         while len(bench.steps) < outputs // 2:
             time.sleep(0.002)
-        other.stop()
         middle.append(len(bench.steps))
+        other.stop()
 
     stopper = threading.Thread(target=stop_in_the_middle)
     stopper.start()
     bench.seconds(inputs, streams, outputs, 1.0)
     stopper.join()
     times = [b - a for a, b in zip(bench.steps, bench.steps[1:], strict=False)]
-    both, alone = times[WARM_TOKENS : middle[0] - 2], times[middle[0] + 2 :]
-    one, two = 1e3 * statistics.median(both), 1e3 * statistics.median(alone)
-    return f"| {inputs} x {streams} | {one:.2f} | {two:.2f} | {two / one:.3f} |"
+    both, alone = times[WARM_TOKENS : middle[0] - 1], times[middle[0] - 1 :]
+    one, two = 1e3 * statistics.mean(both), 1e3 * statistics.mean(alone)
+    return f"| {inputs} x {streams} | {one:.2f} | {two:.2f} | {two / one:.3f} | {1e3 * max(alone):.1f} |"
 
 
 class Companion:
