@@ -1,13 +1,15 @@
 """Attacks on a cluster that serves from a GPU: kills, processes that stand still, odd requests, clients that leave.
 
-python -m benchmarks.hostile_gpu [--cpu] [--only one|split]
+python -m benchmarks.hostile_gpu [--cpu] [--only one|split|pair]
 
-It starts two clusters of models/tiny, one after the other:
+It starts three clusters of models/tiny, one after the other:
 
 - one: what `make serve` starts on a GPU, a process with all experts. Odd requests and clients that leave come beside 16
   streams, which must say what they say alone; then the worker is killed (-9) under 32 streams.
 - split: a worker and two shards that share the GPU through MPS, which it starts where none runs. Under 16 streams each
   a shard stands still for 3 s (SIGSTOP), a shard is killed, one stands still for good, the worker is killed.
+- pair: two workers on two shards, likewise. One worker stands still for good under 16 streams of both: its streams end
+  with a reason, the other's are whole.
 
 After each kill every stream must have ended in time with a reason, what was killed must come back, and the questions
 asked before must get the same text. On a GPU, where another batch rounds otherwise and a choice of experts then turns
@@ -129,11 +131,15 @@ class Attack:
 
     def back(self, what: str, died: float) -> None:
         """/ready may still be of the time before: a request tells."""
-        while not (good := ask(self.url, body(prompt(20, 7), 8)).whole(8) and self.all_shards()):
-            if time.monotonic() - died > BACK_SECONDS:
+        tried = Counter[str]()
+        while True:
+            answer = ask(self.url, body(prompt(20, 7), 8))
+            tried[answer.outcome] += 1
+            if (good := answer.whole(8) and self.all_shards()) or time.monotonic() - died > BACK_SECONDS:
                 break
             time.sleep(0.1)
-        self.check(f"{what} is back", good, f"after {time.monotonic() - died:.1f} s")
+        seen = f"after {time.monotonic() - died:.1f} s{'' if good else f', till then {dict(tried)}'}"
+        self.check(f"{what} is back", good, seen)
         self.same_text("the questions asked before", self.answers, self.alone(*QUESTIONS))
 
     def all_shards(self) -> bool:
@@ -214,6 +220,19 @@ class Attack:
         self.check("the other shard serves alone", outcomes["length"] > 0, seen)
         self.back("the shard, killed,", self.kill(shard))
 
+    def one_of_two_workers_stands_still(self) -> None:
+        worker, tokens = self.running.actor_pids("gpu_worker")[0], LONG if self.gpu else 600
+        asked = self.streams(16, tokens)
+        os.kill(worker, signal.SIGSTOP)
+        stopped, answers = time.monotonic(), [one.result() for one in asked]
+        whole = [one for one in answers if one.whole(tokens)]
+        lost = [one for one in answers if one.code == "worker_lost"]
+        good = bool(whole and lost) and len(whole) + len(lost) == len(answers)
+        last = max(one.ended for one in answers) - stopped
+        seen = f"{dict(Counter(one.outcome for one in answers))}, the last after {last:.1f} s"
+        self.check("one of two workers stands still: its streams end with a reason, the other's whole", good, seen)
+        self.back("an answer, the stopped one killed,", self.kill(worker))
+
     def owned(self) -> list[str]:
         return [f"{n} {of.what} of {of.actor}" for of, n in held(self.running).items() if of.what in OWNED and n]
 
@@ -237,6 +256,7 @@ ATTACKS = {
         Attack.shard_stands_still, Attack.shard_dies, Attack.shard_stands_still_for_good,
         lambda attack: attack.worker_dies(16),
     ),
+    "pair": (Attack.one_of_two_workers_stands_still,),
 }  # fmt: skip
 
 
@@ -244,10 +264,11 @@ def run(name: str, check: Checks, pool: ThreadPoolExecutor, *, gpu: bool) -> Non
     # One card holds the caches of several processes: none may take all that is free.
     settings = {"device": "cuda", "kv_pages": 2048, "chunk_tokens": 4096} if gpu else {"device": "cpu"}
     with contextlib.ExitStack() as stack:
-        if gpu and name == "split":
+        if gpu and name != "one":
             stack.enter_context(mps())
         check.say(f"{name}: its cluster starts, in 10 to 60 s")
-        running = stack.enter_context(cluster(procfile="Procfile" if name == "split" else "", **settings))
+        workers, procfile = (2 if name == "pair" else 1), ("" if name == "one" else "Procfile")
+        running = stack.enter_context(cluster(workers, procfile=procfile, **settings))
         failed, attack = check.failed, Attack(running, check, pool, gpu=gpu)
         try:
             for step in ATTACKS[name]:
