@@ -54,6 +54,7 @@ class Actor:
         self._is_ready = asyncio.Event()
         self._beat_due = asyncio.Event()
         self._spawned: set[asyncio.Task[Any]] = set()
+        self._failures: asyncio.Queue[Exception] = asyncio.Queue()
         self._group: asyncio.TaskGroup | None = None
 
     # ---- what an actor overrides
@@ -85,6 +86,10 @@ class Actor:
         task.add_done_callback(self._spawned.discard)
         return task
 
+    def fail(self, error: Exception) -> None:
+        """The actor ends with `error`, as if a task of `spawn` had raised it: for what runs in no task."""
+        self._failures.put_nowait(error)
+
     async def ready(self) -> None:
         await self._is_ready.wait()
 
@@ -99,6 +104,7 @@ class Actor:
                 await self._refuse_a_twin()
                 await self.bus.subscribe(subject(self.kind, self.id, "metrics"), self._on_metrics)
                 beats = self.spawn(self._beat_forever(), "beats")
+                self.spawn(self._end_with_a_failure(), "failures")
                 if await unless(stop, self.start()):
                     started = True
                     self._enter("ready")
@@ -156,6 +162,9 @@ class Actor:
                     await self.bus.publish(subject(self.kind, self.id, "beat"), self.beat())
             with contextlib.suppress(TimeoutError):
                 await within(self.clock, BEAT_SECONDS, self._beat_due.wait())
+
+    async def _end_with_a_failure(self) -> None:
+        raise await self._failures.get()
 
     async def _beat_after_reconnect(self) -> None:
         self.beat_now()

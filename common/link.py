@@ -53,6 +53,7 @@ class NoLinks:
     def __init__(self) -> None:
         self.version = 0  # of the newest expert map, which is acknowledged unread
         self.on_change: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[Exception], object] = lambda _: None
 
     @property
     def shards(self) -> tuple[str, ...]:

@@ -128,6 +128,26 @@ def test_a_worker_that_left_is_closed_once_and_in_the_middle_of_a_prefill() -> N
     assert log == ["a prefill 9.0", "a abort", "a close"]
 
 
+def test_a_launch_that_fails_is_told_and_ends_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a shard whose GPU failed would be there for good, and answer nobody."""
+    failures: list[Exception] = []
+    server, log = GpuServer(failures.append), list[str]()
+    a, attachment = attached(server, "a", log)
+
+    def fails(rows: int) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(attachment.launches, "decode", fails)
+    server.start()
+    a.put(Order(3, False))
+    server.bell.ring()
+    server._thread.join(10)
+    assert not server._thread.is_alive()
+    assert [str(error) for error in failures] == ["an illegal memory access"]
+    server.stop()
+    assert log == ["a abort", "a close"]
+
+
 def test_the_thread_wakes_when_it_is_rung() -> None:
     server, log = GpuServer(), list[str]()
     a, _ = attached(server, "a", log)

@@ -368,6 +368,22 @@ async def test_a_death_moves_its_rows_to_the_copies_and_a_return_is_attached(clu
     close(await asyncio.to_thread(through, links, 1, batch), tensors, 1, batch)
 
 
+async def test_an_error_while_attaching_again_is_told(cluster, monkeypatch):
+    """One that is no handshake's: a GPU that failed does not come back."""
+    shards = [await cluster.shard(f"s{n}") for n in range(2)]
+    links, failures = await cluster.links(), []
+    await links.set_map(cluster.map(shards))
+    links.on_failure = failures.append
+
+    async def fails(expert_map):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(links, "_attach_missing", fails)
+    await shards[0].life.kill()
+    await until(lambda: bool(failures))
+    assert str(failures[0]) == "an illegal memory access"
+
+
 async def test_another_life_than_the_map_names_is_refused(cluster):
     shard = await cluster.shard("s")
     links = await cluster.links()

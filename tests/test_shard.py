@@ -242,6 +242,18 @@ async def test_a_mailbox_is_offered_only_inside_the_node(cluster: Rig):
     assert isinstance(newer, Attached) and newer.socket == ""
 
 
+async def test_a_thread_that_crashes_ends_the_actor(cluster: Rig, monkeypatch: pytest.MonkeyPatch):
+    shard = await cluster.shard("s")
+    monkeypatch.setattr(shard.server, "_experts", None)
+    bus = await cluster.bus()
+    with pytest.raises(Unavailable, match="failed"):
+        await bus.request(subject("shard", "s", "experts"), message(shard, rows(3)))
+    await until(shard.life.life.done)
+    shard.life.killed = True  # else the rig asks too how it ended
+    with pytest.raises(AttributeError, match="compute"):
+        shard.life.life.result()
+
+
 async def test_a_leaving_shard_serves_until_it_is_released(cluster: Rig):
     shard = await cluster.shard("s")
     links = await cluster.links()

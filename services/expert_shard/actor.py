@@ -55,6 +55,7 @@ class ExpertShard(Actor):
     kind = "shard"
 
     async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
         pin_actor(self.kind, self.settings)
         self.config, self.store = await asyncio.to_thread(self._open_checkpoint)
         self.server = self._make_server()
@@ -130,7 +131,11 @@ class ExpertShard(Actor):
         return config, store
 
     def _make_server(self) -> ExpertServer:
-        return ExpertServer(self.store)
+        return ExpertServer(self.store, self._server_failed)
+
+    def _server_failed(self, error: Exception) -> None:
+        """Its thread's. Rows would wait here for as long as workers let them."""
+        self._loop.call_soon_threadsafe(self.fail, error)
 
     def _subject(self, verb: str) -> str:
         return subject(self.kind, self.id, verb)
@@ -223,7 +228,6 @@ class ExpertShard(Actor):
         return Attached(boot_id=self.boot_id, layout=LAYOUT, socket=self._socket_name if here else "")
 
     def _listen(self) -> None:
-        self._loop = asyncio.get_running_loop()
         self._socket_name = socket_name(self.id, self.boot_id)
         self._listener = handshake_socket()
         self._listener.bind(self._socket_name)

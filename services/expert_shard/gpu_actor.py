@@ -40,7 +40,7 @@ class GpuExpertShard(ExpertShard):
         return config, store
 
     def _make_server(self) -> GpuServer:  # type: ignore[override]
-        return GpuServer()
+        return GpuServer(self._server_failed)
 
     async def _load(self, missing: frozenset[int]) -> None:
         before = self.store.stacks
@@ -99,6 +99,7 @@ class GpuExpertShard(ExpertShard):
             self.log.warning("a mailbox was refused", why=str(error))
             if sock in self._sockets:
                 self._hang_up(sock)
+            await asyncio.to_thread(torch.cuda.synchronize)  # raises where it is our GPU that failed: a restart helps
         finally:
             self._pending.discard(sock)
             os.close(fd)
@@ -116,4 +117,8 @@ class GpuExpertShard(ExpertShard):
     def _detach(self, attachment: GpuAttachment) -> None:  # type: ignore[override]
         """It waits for the device, which ends at once what it waits for in this worker's name."""
         attachment.launches.abort()
-        self._loop.run_in_executor(None, self.server.detach, attachment)
+        self._loop.run_in_executor(None, self.server.detach, attachment).add_done_callback(self._detached)
+
+    def _detached(self, detached: asyncio.Future[None]) -> None:
+        if not detached.cancelled() and isinstance(error := detached.exception(), Exception):
+            self.fail(error)

@@ -46,7 +46,9 @@ class GpuAttachment:
 
 
 class GpuServer:
-    def __init__(self) -> None:
+    def __init__(self, failed: Callable[[Exception], object] = lambda _: None) -> None:
+        """`failed`: is called by the launching thread when it ends by an error."""
+        self._failed = failed
         self.bell = Bell.create("moecule-shard-bell")
         self.rows_served = 0
         self.busy_seconds = 0.0  # not known: a graph's time is also that of its waits for rows
@@ -87,10 +89,13 @@ class GpuServer:
             attachment.launches.close()
 
     def _run(self) -> None:
-        while not self._stopping:
-            seen = self.bell.value()
-            if not self.serve():
-                self.bell.wait(seen, IDLE_SECONDS)
+        try:
+            while not self._stopping:
+                seen = self.bell.value()
+                if not self.serve():
+                    self.bell.wait(seen, IDLE_SECONDS)
+        except Exception as error:
+            self._failed(error)
 
     def serve(self) -> bool:
         """One round: each worker's next order, if it is a decode, then one piece of one prefill. Whether anything was

@@ -9,14 +9,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 from torch import Tensor
 
-from common.errors import ExpertsUnavailable
+from common.errors import ExpertsUnavailable, Unavailable
 from common.futex import Bell
 from common.mailbox import DONE, REFUSED, Rows, Slab, Slot
 
@@ -50,7 +52,9 @@ class Job:
 
 
 class ExpertServer:
-    def __init__(self, experts: Experts) -> None:
+    def __init__(self, experts: Experts, failed: Callable[[Exception], object] = lambda _: None) -> None:
+        """`failed`: is called by the computing thread when it ends by an error."""
+        self._failed = failed
         self.bell = Bell.create("moecule-shard-bell")
         self.rows_served = 0
         self.busy_seconds = 0.0
@@ -58,7 +62,7 @@ class ExpertServer:
         self._attachments: tuple[Attachment, ...] = ()  # replaced, never changed: the compute thread iterates over it
         self._jobs: deque[Job] = deque()
         self._turn = 0
-        self._stopping = False
+        self._stopping = self._ended = False
         self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
         self._log = structlog.get_logger()
 
@@ -86,14 +90,27 @@ class ExpertServer:
 
     def submit(self, job: Job) -> Future[None]:
         self._jobs.append(job)
+        if self._ended:
+            self._refuse_jobs()
         self.bell.ring()
         return job.done
 
+    def _refuse_jobs(self) -> None:
+        with suppress(IndexError):  # there is no other
+            while job := self._jobs.popleft():
+                with suppress(InvalidStateError):  # who asked has gone
+                    job.done.set_exception(Unavailable("this shard failed; see its log"))
+
     def _run(self) -> None:
-        while not self._stopping:
-            seen = self.bell.value()
-            if not self._serve():
-                self.bell.wait(seen, IDLE_SECONDS)
+        try:
+            while not self._stopping:
+                seen = self.bell.value()
+                if not self._serve():
+                    self.bell.wait(seen, IDLE_SECONDS)
+        except Exception as error:
+            self._ended = True
+            self._refuse_jobs()
+            self._failed(error)
 
     def _serve(self) -> bool:
         """One round: all decodes, then one job of the bus, then one slice of prefill."""
@@ -102,7 +119,8 @@ class ExpertServer:
             found |= self._serve_decode(attachment)
         if self._jobs:
             found = True
-            self._serve_job(self._jobs.popleft())
+            self._serve_job(self._jobs[0])
+            self._jobs.popleft()
         return self._serve_prefill() or found
 
     def _serve_decode(self, attachment: Attachment) -> bool:
@@ -147,6 +165,8 @@ class ExpertServer:
         attachment.bell.ring()
 
     def _serve_job(self, job: Job) -> None:
+        if not job.done.set_running_or_notify_cancel():
+            return  # who asked has gone
         if self._compute(job.layer, job.rows) == REFUSED:
             job.done.set_exception(ExpertsUnavailable("this shard does not hold all experts it was asked for"))
         else:

@@ -95,6 +95,7 @@ class Worker(Actor):
         self._loop = asyncio.get_running_loop()
         self.links = await asyncio.to_thread(self._open_links)
         self.links.on_change = self.beat_now
+        self.links.on_failure = self.fail
         self.grammars = await asyncio.to_thread(Grammars, settings.model, self.config)
         if self.config.nextn_layers:
             self.log.info("layers that predict several tokens (MTP) are left out", layers=self.config.nextn_layers)

@@ -94,7 +94,10 @@ class GpuLinks(Membership):
 
     def _gave_up(self, peer: Peer) -> None:
         assert isinstance(peer, GpuPeer)
-        self._steps.free_if_idle(peer)
+        try:
+            self._steps.free_if_idle(peer)
+        except CudaError as error:
+            self.on_failure(error)
 
     async def _connect(self, shard_id: str, entry: ShardEntry, attached: Attached) -> Peer:
         if entry.node != self._hello.node:
@@ -125,6 +128,7 @@ class GpuLinks(Membership):
         except (CudaError, ValueError) as error:
             bell.close_fd()
             sock.close()
+            await asyncio.to_thread(torch.cuda.synchronize)  # raises where it is our GPU that failed: a restart helps
             raise HandshakeError(f"its memory cannot be reached: {error}") from error
         return GpuPeer(
             shard_id, attached.boot_id, index, memory.address, doorbell, bell, self._aborts, sock, memory.close,

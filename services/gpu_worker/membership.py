@@ -37,6 +37,7 @@ class Membership(ABC):
         self, bus: Bus, config: ModelConfig, hello: Attach, loop: asyncio.AbstractEventLoop, clock: Clock | None
     ) -> None:
         self.on_change: Callable[[], object] = lambda: None
+        self.on_failure: Callable[[Exception], object] = lambda _: None  # this process can make no links any more
         self.version = 0  # no later step uses an older map
         self.reason = "there is no expert map yet" if config.experts else ""
         self._bus, self._config, self._hello, self._loop = bus, config, hello, loop
@@ -155,6 +156,8 @@ class Membership(ABC):
         self._healing = None
         if not task.cancelled() and (error := task.exception()):
             self._log.error("healing the expert links failed", error=repr(error))
+            if isinstance(error, Exception):
+                self.on_failure(error)
 
     async def _heal(self) -> None:
         """A shard of the map that could not be reached is tried again until it can be, or leaves the map."""
