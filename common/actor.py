@@ -11,6 +11,7 @@ import gc
 import os
 import signal
 import sys
+import traceback
 from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -18,7 +19,15 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 from common.bus import Bus
 from common.cli import read_settings
 from common.clock import Clock, RealClock, within
-from common.errors import EXIT_CONFIG, EXIT_UNAVAILABLE, BusUnavailable, ConfigError, MoeculeError, NoResponders
+from common.errors import (
+    EXIT_CONFIG,
+    EXIT_FAILURE,
+    EXIT_UNAVAILABLE,
+    BusUnavailable,
+    ConfigError,
+    MoeculeError,
+    NoResponders,
+)
 from common.log import actor_log, setup_logs
 from common.messages import GetMetrics, Message, State, new_boot_id, subject
 from common.settings import Settings, node_id
@@ -88,6 +97,7 @@ class Actor:
 
     def fail(self, error: Exception) -> None:
         """The actor ends with `error`, as if a task of `spawn` had raised it: for what runs in no task."""
+        self.log.error("failed", error=repr(error))
         self._failures.put_nowait(error)
 
     async def ready(self) -> None:
@@ -283,13 +293,19 @@ async def _live(kind: str, make: Callable[[Bus, Settings], Actor], settings: Set
     name = os.environ.get("HONCHO_PROCESS_NAME", f"moecule-{os.getpid()}")
     bus = NatsBus(settings.nats_url, name, partial(Login.of, settings, kind))
     try:
-        if await unless(stop, bus.connect()):
-            actor = make(bus, settings)
-            freezing = asyncio.create_task(_freeze_when_ready(actor))
-            await actor.run(stop)
-            freezing.cancel()
-    finally:
-        await bus.close()
+        try:
+            if await unless(stop, bus.connect()):
+                actor = make(bus, settings)
+                freezing = asyncio.create_task(_freeze_when_ready(actor))
+                await actor.run(stop)
+                freezing.cancel()
+        finally:
+            await bus.close()
+    except (ConfigError, BusUnavailable):
+        raise
+    except Exception:
+        traceback.print_exc()
+        leave(EXIT_FAILURE)  # without waiting for threads: one may be in a call to a GPU that failed
 
 
 async def _freeze_when_ready(actor: Actor) -> None:

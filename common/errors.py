@@ -32,6 +32,7 @@ from typing import ClassVar
 
 LONGEST_MESSAGE = 2000  # characters
 LONGEST_PARAM = 200
+EXIT_FAILURE = 1  # an actor failed; as of any exception
 EXIT_CONFIG = 78  # the start must end: a restart would fail alike
 EXIT_UNAVAILABLE = 69  # NATS did not come up
 

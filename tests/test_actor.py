@@ -255,13 +255,17 @@ async def test_within():
 # ---- an actor's process
 
 TOY_MAIN = """
-import asyncio, os
+import asyncio, os, time
 from common.actor import Actor, run_process
 from common.messages import GatewayBeat
 
 class Toy(Actor):
     kind = "gateway"
-    async def start(self): print("started", flush=True)
+    async def start(self):
+        print("started", flush=True)
+        if "TOY_FAILS" in os.environ:
+            asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)
+            self.fail(ZeroDivisionError("in a thread"))
     async def drain(self):
         print("draining", flush=True)
         await asyncio.sleep(float(os.environ["TOY_DRAIN"]))
@@ -312,6 +316,12 @@ def test_a_second_signal_leaves_at_once(nats_url: str, tmp_path: Path):
     assert process.line() == "draining"
     process.popen.send_signal(signal.SIGTERM)
     assert process.end()[0] == 128 + signal.SIGTERM
+
+
+def test_a_failure_waits_for_no_thread(nats_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TOY_FAILS", "1")
+    code, _, err = Process(tmp_path, nats_url).end()
+    assert code == 1 and "Traceback" in err and "ZeroDivisionError: in a thread" in err
 
 
 def test_a_malformed_setting_is_one_sentence(nats_url: str, tmp_path: Path):

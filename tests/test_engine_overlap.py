@@ -15,6 +15,7 @@ import structlog
 import torch
 
 from common.checkpoint import Checkpoint
+from common.errors import InternalError
 from common.link import LocalLink
 from common.messages import Generate, Grammar, TokenChunk, TokenLogprobs
 from common.model_config import ModelConfig
@@ -233,3 +234,22 @@ def test_the_pages_of_what_ended_late_are_known_to_those_that_come_after() -> No
     allocator = told.engine.planner.allocator
     tokens = prompt + [t for c in first for t in c.tokens]
     assert [allocator.knows(h) for h in page_hashes(tokens, tiny()[0].fingerprint)] == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_crash_answers_who_asked_to_forget_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the worker waits for that before it ends."""
+    run, asked = Run(CpuRunner), []
+
+    def fails(plan: Plan, late: bool = False) -> None:
+        asked.append(run.engine.forget_pages())
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(run.runner, "launch", fails)
+    run.submit(load(1, 1)[0])
+    run.engine.start()
+    run.engine._thread.join(10)
+    assert isinstance(run.engine.crashed, ZeroDivisionError)
+    for forgotten in (*asked, run.engine.forget_pages()):
+        with pytest.raises(InternalError, match="failed"):
+            forgotten.result(10)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -12,7 +15,7 @@ from common.device import device_uuid, fitting
 from common.doorbell import Doorbell
 from common.errors import MoeculeError, Unavailable
 from common.mailbox import HandshakeError, receive_with_fds, same_user, send_with_fds
-from common.messages import Attach, Attached, Message
+from common.messages import Attach, Attached, GpuMailbox, Message
 from common.model_config import ModelConfig
 from common.source import open_source
 from kernels.link.layout import LAYOUT
@@ -21,13 +24,16 @@ from services.expert_shard.device_store import DeviceStore
 from services.expert_shard.gpu_attach import accept, mailbox_of
 from services.expert_shard.gpu_server import GpuAttachment, GpuServer
 
+T = TypeVar("T")
+
 
 class GpuExpertShard(ExpertShard):
     store: DeviceStore  # type: ignore[assignment]
     server: GpuServer  # type: ignore[assignment]
 
     async def start(self) -> None:
-        self._attaching = asyncio.Lock()  # one captures at a time
+        # One captures at a time, and meanwhile nobody may wait for the whole device: CUDA refuses it.
+        self._alone = threading.Lock()
         self._pending: set[socket.socket] = set()  # whose handshake takes its time
         await super().start()
 
@@ -47,9 +53,15 @@ class GpuExpertShard(ExpertShard):
         with fitting():
             await asyncio.to_thread(self.store.load, missing, self.loading.of("experts"))
         if self.store.stacks is not before:
-            async with self._attaching:
-                await asyncio.to_thread(self._recapture)
+            await self._alone_in_a_thread(self._recapture)
         del before
+
+    def _alone_in_a_thread(self, call: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+        def alone() -> T:
+            with self._alone:
+                return call(*arguments)
+
+        return self._loop.run_in_executor(None, alone)
 
     def _expert_tokens(self) -> tuple[int, ...]:
         """Not counted: the ids are in device memory, and the host does not wait for it."""
@@ -86,27 +98,28 @@ class GpuExpertShard(ExpertShard):
 
     async def _attach_worker(self, sock: socket.socket, hello: Message, fd: int) -> None:
         try:
-            doorbell = Doorbell(fd)
             if not isinstance(hello, Attach) or not same_user(sock):
                 raise HandshakeError("the handshake is of another kind or user")
+            doorbell = Doorbell(fd)
             mailbox = mailbox_of(hello, self.node, self.store.fp8)
-            async with self._attaching:
-                attachment, handle = await asyncio.to_thread(
-                    accept, hello, mailbox, doorbell, self.config, self.store.stacks, self.boot_id
-                )
+            attachment, handle = await self._alone_in_a_thread(self._accept, hello, mailbox, doorbell)
             self._answer(sock, attachment, handle)
-        except (MoeculeError, ValueError) as error:
+        except (MoeculeError, ValueError, OSError) as error:
             self.log.warning("a mailbox was refused", why=str(error))
             if sock in self._sockets:
                 self._hang_up(sock)
-            await asyncio.to_thread(torch.cuda.synchronize)  # raises where it is our GPU that failed: a restart helps
+            # Raises if it is our GPU that failed, where only a restart helps.
+            await self._alone_in_a_thread(torch.cuda.synchronize)
         finally:
             self._pending.discard(sock)
             os.close(fd)
 
+    def _accept(self, hello: Attach, mailbox: GpuMailbox, doorbell: Doorbell) -> tuple[GpuAttachment, bytes]:
+        return accept(hello, mailbox, doorbell, self.config, self.store.stacks, self.boot_id)
+
     def _answer(self, sock: socket.socket, attachment: GpuAttachment, handle: bytes) -> None:
         if sock not in self._sockets:  # it left meanwhile
-            attachment.launches.close()
+            self._alone_in_a_thread(attachment.launches.close).add_done_callback(self._detached)
             return
         self._sockets[sock] = attachment  # type: ignore[assignment]
         self.server.attach(attachment)
@@ -117,7 +130,7 @@ class GpuExpertShard(ExpertShard):
     def _detach(self, attachment: GpuAttachment) -> None:  # type: ignore[override]
         """It waits for the device, which ends at once what it waits for in this worker's name."""
         attachment.launches.abort()
-        self._loop.run_in_executor(None, self.server.detach, attachment).add_done_callback(self._detached)
+        self._alone_in_a_thread(self.server.detach, attachment).add_done_callback(self._detached)
 
     def _detached(self, detached: asyncio.Future[None]) -> None:
         if not detached.cancelled() and isinstance(error := detached.exception(), Exception):

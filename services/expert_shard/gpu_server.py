@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import structlog
+
 from common.doorbell import Doorbell
 from common.futex import Bell
 
@@ -95,6 +97,7 @@ class GpuServer:
                 if not self.serve():
                     self.bell.wait(seen, IDLE_SECONDS)
         except Exception as error:
+            structlog.get_logger().exception("the launching thread crashed")
             self._failed(error)
 
     def serve(self) -> bool:

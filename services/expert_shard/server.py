@@ -108,6 +108,7 @@ class ExpertServer:
                 if not self._serve():
                     self.bell.wait(seen, IDLE_SECONDS)
         except Exception as error:
+            self._log.exception("the computing thread crashed")
             self._ended = True
             self._refuse_jobs()
             self._failed(error)

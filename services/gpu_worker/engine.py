@@ -10,7 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,7 @@ class Engine:
         self._log = log
         self._live: dict[str, Sequence] = {}
         self._notes: deque[Callable[[], None]] = deque()
+        self._forgetting: deque[Future[None]] = deque()  # of notes that are left
         self._wake = threading.Condition()
         self._stopping = False
         self._ended: dict[str, list[TokenChunk]] = {}  # what ended outside of sampling, told with the next emit
@@ -139,14 +141,26 @@ class Engine:
 
     def forget_pages(self) -> Future[None]:
         """Empty the prefix cache between two steps; done when that has happened."""
-        done: Future[None] = Future()
+        asked: Future[None] = Future()
 
         def forget() -> None:
             self.planner.allocator.forget()
-            done.set_result(None)
+            done = self._forgetting.popleft()
+            if done.set_running_or_notify_cancel():
+                done.set_result(None)
 
-        self._note(forget)
-        return done
+        with self._wake:
+            self._forgetting.append(asked)
+            self._note(forget)
+        if self.crashed:
+            self._refuse_to_forget()
+        return asked
+
+    def _refuse_to_forget(self) -> None:
+        with suppress(IndexError):  # there is no other
+            while asked := self._forgetting.popleft():
+                with suppress(InvalidStateError):  # who asked has gone
+                    asked.set_exception(InternalError("the worker failed; see its log"))
 
     def _note(self, action: Callable[[], None]) -> None:
         with self._wake:
@@ -166,6 +180,7 @@ class Engine:
         except BaseException as error:
             self.crashed = error
             self._log.exception("the step loop crashed")
+            self._refuse_to_forget()
             self._end(tuple(self._live), InternalError("the worker failed; see its log"))
             self._tell({}, Stats(0, 0, 0, 0))
             raise

@@ -96,7 +96,7 @@ class GpuLinks(Membership):
         assert isinstance(peer, GpuPeer)
         try:
             self._steps.free_if_idle(peer)
-        except CudaError as error:
+        except RuntimeError as error:  # torch's and the driver's: our GPU failed
             self.on_failure(error)
 
     async def _connect(self, shard_id: str, entry: ShardEntry, attached: Attached) -> Peer:
