@@ -80,12 +80,17 @@ class Checks:
         self.say(f"{'ok     ' if good else 'FAILED '} {what}{f': {seen}' if str(seen) else ''}")
 
 
+def outcomes(answers: list[Answer]) -> dict[str, int]:
+    return dict(Counter(one.outcome for one in answers))
+
+
 class Attack:
     def __init__(self, running: Cluster, check: Checks, pool: ThreadPoolExecutor, *, gpu: bool) -> None:
         self.running, self.check, self.pool, self.url = running, check, pool, running.url
         self.gpu = gpu
         self.shards = len(running.actor_pids("expert_shard"))
         self.shared_fate = gpu and self.shards > 0
+        self.whole = LONG if gpu else 600  # tokens of streams that are to end well; a GPU's are soon done
         self.kills = 0
         self.answers = self.alone(*QUESTIONS)
 
@@ -111,7 +116,7 @@ class Attack:
     def ended(self, what: str, asked: list[Future[Answer]], since: float, limit: float) -> None:
         answers = [one.result() for one in asked]
         last = max(one.ended for one in answers) - since
-        seen = f"{dict(Counter(one.outcome for one in answers))}, the last after {last:.1f} s; {answers[0].error!r}"
+        seen = f"{outcomes(answers)}, the last after {last:.1f} s; {answers[0].error!r}"
         self.check(
             f"{what}: each stream ends in {limit:.0f} s with a reason",
             all(one.error for one in answers) and last < limit,
@@ -189,14 +194,14 @@ class Attack:
         self.others_the_same(pids, worker)
 
     def shard_stands_still(self) -> None:
-        shard, tokens = self.running.actor_pids("expert_shard")[0], LONG if self.gpu else 600  # a GPU's are soon done
+        shard, tokens = self.running.actor_pids("expert_shard")[0], self.whole
         asked = self.streams(16, tokens)
         os.kill(shard, signal.SIGSTOP)
         time.sleep(STILL_SECONDS)
         os.kill(shard, signal.SIGCONT)
         went_on, answers = time.monotonic(), [one.result() for one in asked]
         good = all(one.whole(tokens) and one.ended > went_on for one in answers)
-        seen = dict(Counter(one.outcome for one in answers))
+        seen = outcomes(answers)
         self.check("a shard stands still for 3 s: late is not dead, 16 streams are whole", good, seen)
 
     def shard_dies(self) -> None:
@@ -211,17 +216,17 @@ class Attack:
         shard = self.running.actor_pids("expert_shard")[-1]
         asked = self.streams(16, LONG)
         os.kill(shard, signal.SIGSTOP)
-        stopped, outcomes = time.monotonic(), Counter[str]()
+        stopped, tried = time.monotonic(), Counter[str]()
         self.ended("a shard stands still for good under 16", asked, stopped, ALONE_SECONDS)
-        while not outcomes["length"] and time.monotonic() - stopped < ALONE_SECONDS:
-            outcomes[ask(self.url, body(prompt(20, 7), 8)).outcome] += 1
+        while not tried["length"] and time.monotonic() - stopped < ALONE_SECONDS:
+            tried[ask(self.url, body(prompt(20, 7), 8)).outcome] += 1
             time.sleep(0.25)
-        seen = f"{dict(outcomes)}, until {time.monotonic() - stopped:.1f} s after"
-        self.check("the other shard serves alone", outcomes["length"] > 0, seen)
+        seen = f"{dict(tried)}, until {time.monotonic() - stopped:.1f} s after"
+        self.check("the other shard serves alone", tried["length"] > 0, seen)
         self.back("the shard, killed,", self.kill(shard))
 
     def one_of_two_workers_stands_still(self) -> None:
-        worker, tokens = self.running.actor_pids("gpu_worker")[0], LONG if self.gpu else 600
+        worker, tokens = self.running.actor_pids("gpu_worker")[0], self.whole
         asked = self.streams(16, tokens)
         os.kill(worker, signal.SIGSTOP)
         stopped, answers = time.monotonic(), [one.result() for one in asked]
@@ -229,7 +234,7 @@ class Attack:
         lost = [one for one in answers if one.code == "worker_lost"]
         good = bool(whole and lost) and len(whole) + len(lost) == len(answers)
         last = max(one.ended for one in answers) - stopped
-        seen = f"{dict(Counter(one.outcome for one in answers))}, the last after {last:.1f} s"
+        seen = f"{outcomes(answers)}, the last after {last:.1f} s"
         self.check("one of two workers stands still: its streams end with a reason, the other's whole", good, seen)
         self.back("an answer, the stopped one killed,", self.kill(worker))
 

@@ -96,9 +96,9 @@ class Actor:
         return task
 
     def fail(self, error: Exception) -> None:
-        """The actor ends with `error`, as if a task of `spawn` had raised it: for what runs in no task."""
+        """The actor ends with `error`, as if a task of `spawn` had raised it: for threads and callbacks."""
         self.log.error("failed", error=repr(error))
-        self._failures.put_nowait(error)
+        self._loop.call_soon_threadsafe(self._failures.put_nowait, error)
 
     async def ready(self) -> None:
         await self._is_ready.wait()
@@ -106,7 +106,8 @@ class Actor:
     async def run(self, stop: asyncio.Event) -> None:
         """The whole life. Raises what ended it early, a ConfigError of start() for one."""
         started = False
-        count_tasks(self.metrics, asyncio.get_running_loop())
+        self._loop = asyncio.get_running_loop()
+        count_tasks(self.metrics, self._loop)
         try:
             async with asyncio.TaskGroup() as group:
                 self._group = group
@@ -266,7 +267,7 @@ def run_process(kind: str, load: Callable[[], Callable[[Bus, Settings], Actor]])
     try:
         settings = read_settings(sys.argv[1:])
         setup_logs(settings)
-        uvloop.run(_live(kind, load(), settings))
+        uvloop.run(_live_or_leave(kind, load(), settings))
     except ConfigError as error:
         leave(EXIT_CONFIG, f"moecule: {error.message}")
     except BusUnavailable as error:
@@ -283,6 +284,16 @@ def leave(code: int, sentence: str = "") -> NoReturn:
     os._exit(code)
 
 
+async def _live_or_leave(kind: str, make: Callable[[Bus, Settings], Actor], settings: Settings) -> None:
+    try:
+        await _live(kind, make, settings)
+    except (ConfigError, BusUnavailable):
+        raise
+    except Exception:
+        traceback.print_exc()
+        leave(EXIT_FAILURE)  # without waiting for threads: one may be in a call to a GPU that failed
+
+
 async def _live(kind: str, make: Callable[[Bus, Settings], Actor], settings: Settings) -> None:
     from common.nats_bus import NatsBus
     from common.nats_login import Login
@@ -293,19 +304,13 @@ async def _live(kind: str, make: Callable[[Bus, Settings], Actor], settings: Set
     name = os.environ.get("HONCHO_PROCESS_NAME", f"moecule-{os.getpid()}")
     bus = NatsBus(settings.nats_url, name, partial(Login.of, settings, kind))
     try:
-        try:
-            if await unless(stop, bus.connect()):
-                actor = make(bus, settings)
-                freezing = asyncio.create_task(_freeze_when_ready(actor))
-                await actor.run(stop)
-                freezing.cancel()
-        finally:
-            await bus.close()
-    except (ConfigError, BusUnavailable):
-        raise
-    except Exception:
-        traceback.print_exc()
-        leave(EXIT_FAILURE)  # without waiting for threads: one may be in a call to a GPU that failed
+        if await unless(stop, bus.connect()):
+            actor = make(bus, settings)
+            freezing = asyncio.create_task(_freeze_when_ready(actor))
+            await actor.run(stop)
+            freezing.cancel()
+    finally:
+        await bus.close()
 
 
 async def _freeze_when_ready(actor: Actor) -> None:

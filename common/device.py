@@ -40,6 +40,11 @@ def fitting() -> Iterator[None]:
         ) from error
 
 
+def require_gpu() -> None:
+    """Waits for the device; raises if this process's GPU failed, where only a restart helps."""
+    torch.cuda.synchronize()
+
+
 def device_uuid() -> str:
     """The current GPU's, which is the same in every process on the node."""
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)

@@ -197,10 +197,9 @@ async def test_a_task_that_crashes_ends_the_actor_with_its_error():
 
 async def test_a_failure_told_by_a_thread_ends_the_actor_with_it():
     toy = Toy(MemoryBus(MemoryBroker()), actor_id="a")
-    loop = asyncio.get_running_loop()
     with pytest.raises(ZeroDivisionError, match="in a thread"):
         async with running(toy) as live:
-            await asyncio.to_thread(loop.call_soon_threadsafe, toy.fail, ZeroDivisionError("in a thread"))
+            await asyncio.to_thread(toy.fail, ZeroDivisionError("in a thread"))
             await asyncio.wait({live.life})
     assert toy.steps[-2:] == ["idle ended", "stop"] and "drain" not in toy.steps
 

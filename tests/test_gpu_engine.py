@@ -144,11 +144,16 @@ class Heard:
             assert chunks[0].prompt_logprobs is not None
             told = [one.logprob for one in chunks[0].prompt_logprobs[1:] if one is not None]
             told += [one.logprob for chunk in chunks for one in chunk.logprobs or ()]
-            own = logits.log_softmax(-1)[torch.arange(len(logits)), torch.tensor(text[1:])]
+            own = own_logprobs(logits, text)
             torch.testing.assert_close(torch.tensor(told), own, rtol=1e-4, atol=1e-3)
             texts.append(text)
             found.append(logits)
         return texts, torch.cat(found)
+
+
+def own_logprobs(logits: Tensor, text: list[int]) -> Tensor:
+    """Of all tokens of a text but the first. `logits` [T - 1, vocab]: of all but the last."""
+    return logits.log_softmax(-1)[torch.arange(len(logits)), torch.tensor(text[1:])]
 
 
 def logits_by(logits_of: Callable[[Tensor], Tensor], texts: list[list[int]]) -> Tensor:
@@ -219,19 +224,14 @@ def test_a_prefix_changes_little_when_it_is(way: str, wide: Path) -> None:
     def error(logprobs: Tensor) -> float:
         return float((logprobs - want).abs().median())
 
-    want, theirs = (own_logprobs(by_transformers(wide, dtype), texts, 60) for dtype in (torch.float32, torch.bfloat16))
+    def told_by(dtype: torch.dtype) -> Tensor:
+        theirs = by_transformers(wide, dtype)
+        return torch.cat([own_logprobs(logits_by(theirs, [text]), text)[-60:] for text in texts])
+
+    want, theirs = told_by(torch.float32), told_by(torch.bfloat16)
     print(f"{way}: median error {error(got):.2e}, of transformers in bf16 {error(theirs):.2e}")
     assert len(got) == len(want) == 5 * 60
     assert error(got) < MORE * error(theirs)
-
-
-def own_logprobs(logits_of: Callable[[Tensor], Tensor], texts: list[list[int]], tokens: int) -> Tensor:
-    """Of the last so many tokens of each text."""
-    found = []
-    for text in texts:
-        logprobs = logits_of(torch.tensor(text))[-tokens - 1 : -1].float().cpu().log_softmax(-1)
-        found.append(logprobs[torch.arange(tokens), torch.tensor(text[-tokens:])])
-    return torch.cat(found)
 
 
 def test_an_fp8_cache_costs_what_its_rounding_costs(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:

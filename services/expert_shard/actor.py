@@ -55,7 +55,6 @@ class ExpertShard(Actor):
     kind = "shard"
 
     async def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
         pin_actor(self.kind, self.settings)
         self.config, self.store = await asyncio.to_thread(self._open_checkpoint)
         self.server = self._make_server()
@@ -131,11 +130,7 @@ class ExpertShard(Actor):
         return config, store
 
     def _make_server(self) -> ExpertServer:
-        return ExpertServer(self.store, self._server_failed)
-
-    def _server_failed(self, error: Exception) -> None:
-        """Its thread's. Rows would wait here for as long as workers let them."""
-        self._loop.call_soon_threadsafe(self.fail, error)
+        return ExpertServer(self.store, self.fail)
 
     def _subject(self, verb: str) -> str:
         return subject(self.kind, self.id, verb)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from common.device import device_uuid, fitting
+from common.device import device_uuid, fitting, require_gpu
 from common.doorbell import Doorbell
 from common.errors import MoeculeError, Unavailable
 from common.mailbox import HandshakeError, receive_with_fds, same_user, send_with_fds
@@ -46,7 +46,7 @@ class GpuExpertShard(ExpertShard):
         return config, store
 
     def _make_server(self) -> GpuServer:  # type: ignore[override]
-        return GpuServer(self._server_failed)
+        return GpuServer(self.fail)
 
     async def _load(self, missing: frozenset[int]) -> None:
         before = self.store.stacks
@@ -108,8 +108,7 @@ class GpuExpertShard(ExpertShard):
             self.log.warning("a mailbox was refused", why=str(error))
             if sock in self._sockets:
                 self._hang_up(sock)
-            # Raises if it is our GPU that failed, where only a restart helps.
-            await self._alone_in_a_thread(torch.cuda.synchronize)
+            await self._alone_in_a_thread(require_gpu)
         finally:
             self._pending.discard(sock)
             os.close(fd)

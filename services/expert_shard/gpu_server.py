@@ -11,12 +11,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-import structlog
-
 from common.doorbell import Doorbell
-from common.futex import Bell
-
-IDLE_SECONDS = 5.0  # a ring is never lost; this only bounds what a broken peer could cost
+from services.expert_shard.serving import Serving
 
 
 class Launches(Protocol):
@@ -47,30 +43,19 @@ class GpuAttachment:
         self.broken = ""
 
 
-class GpuServer:
+class GpuServer(Serving):
     def __init__(self, failed: Callable[[Exception], object] = lambda _: None) -> None:
-        """`failed`: is called by the launching thread when it ends by an error."""
-        self._failed = failed
-        self.bell = Bell.create("moecule-shard-bell")
+        super().__init__(failed)
         self.rows_served = 0
         self.busy_seconds = 0.0  # not known: a graph's time is also that of its waits for rows
         self._attachments: tuple[GpuAttachment, ...] = ()  # replaced, never changed
         self._launching = threading.Lock()  # held for one launch at a time
         self._turn = 0
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
 
     def stop(self) -> None:
-        self._stopping = True
-        self.bell.ring()
-        if self._thread.is_alive():
-            self._thread.join()
+        super().stop()
         for attachment in self._attachments:
             self.detach(attachment)
-        self.bell.close_fd()
 
     @property
     def attached(self) -> tuple[GpuAttachment, ...]:
@@ -89,16 +74,6 @@ class GpuServer:
         if known:
             attachment.launches.abort()
             attachment.launches.close()
-
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                seen = self.bell.value()
-                if not self.serve():
-                    self.bell.wait(seen, IDLE_SECONDS)
-        except Exception as error:
-            structlog.get_logger().exception("the launching thread crashed")
-            self._failed(error)
 
     def serve(self) -> bool:
         """One round: each worker's next order, if it is a decode, then one piece of one prefill. Whether anything was

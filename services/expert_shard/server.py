@@ -6,12 +6,10 @@ most one slice of another worker's prefill.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,9 +19,10 @@ from torch import Tensor
 from common.errors import ExpertsUnavailable, Unavailable
 from common.futex import Bell
 from common.mailbox import DONE, REFUSED, Rows, Slab, Slot
+from common.promises import Promises
+from services.expert_shard.serving import Serving
 
 SLICE_ROWS = 64
-IDLE_SECONDS = 5.0  # a ring is never lost; this only bounds what a broken peer could cost
 
 
 class Experts(Protocol):
@@ -51,29 +50,17 @@ class Job:
     done: Future[None] = field(default_factory=Future)
 
 
-class ExpertServer:
+class ExpertServer(Serving):
     def __init__(self, experts: Experts, failed: Callable[[Exception], object] = lambda _: None) -> None:
-        """`failed`: is called by the computing thread when it ends by an error."""
-        self._failed = failed
-        self.bell = Bell.create("moecule-shard-bell")
+        super().__init__(failed)
         self.rows_served = 0
         self.busy_seconds = 0.0
         self._experts = experts
         self._attachments: tuple[Attachment, ...] = ()  # replaced, never changed: the compute thread iterates over it
         self._jobs: deque[Job] = deque()
+        self._promises = Promises()
         self._turn = 0
-        self._stopping = self._ended = False
-        self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
         self._log = structlog.get_logger()
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopping = True
-        self.bell.ring()
-        self._thread.join()
-        self.bell.close_fd()
 
     @property
     def attached(self) -> tuple[Attachment, ...]:
@@ -89,39 +76,23 @@ class ExpertServer:
         self._attachments = tuple(other for other in self._attachments if other is not attachment)
 
     def submit(self, job: Job) -> Future[None]:
+        self._promises.add(job.done)
         self._jobs.append(job)
-        if self._ended:
-            self._refuse_jobs()
         self.bell.ring()
         return job.done
 
-    def _refuse_jobs(self) -> None:
-        with suppress(IndexError):  # there is no other
-            while job := self._jobs.popleft():
-                with suppress(InvalidStateError):  # who asked has gone
-                    job.done.set_exception(Unavailable("this shard failed; see its log"))
+    def _crashed(self, error: Exception) -> None:
+        self._promises.refuse(Unavailable("this shard failed; see its log"))
+        super()._crashed(error)
 
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                seen = self.bell.value()
-                if not self._serve():
-                    self.bell.wait(seen, IDLE_SECONDS)
-        except Exception as error:
-            self._log.exception("the computing thread crashed")
-            self._ended = True
-            self._refuse_jobs()
-            self._failed(error)
-
-    def _serve(self) -> bool:
+    def serve(self) -> bool:
         """One round: all decodes, then one job of the bus, then one slice of prefill."""
         found = False
         for attachment in self._attachments:
             found |= self._serve_decode(attachment)
         if self._jobs:
             found = True
-            self._serve_job(self._jobs[0])
-            self._jobs.popleft()
+            self._serve_job(self._jobs.popleft())
         return self._serve_prefill() or found
 
     def _serve_decode(self, attachment: Attachment) -> bool:

@@ -92,7 +92,6 @@ class Worker(Actor):
         self._pages_seq = 0
         self._outputs: asyncio.Queue[StepOutput] = asyncio.Queue()
         self._map_wanted = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
         self.links = await asyncio.to_thread(self._open_links)
         self.links.on_change = self.beat_now
         self.links.on_failure = self.fail

@@ -10,8 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from structlog.typing import FilteringBoundLogger
 from common.errors import ExpertsUnavailable, InternalError, InvalidRequest, MoeculeError
 from common.messages import FinishReason, Generate, TokenChunk, TokenLogprobs
 from common.model_config import ModelConfig
+from common.promises import Promises
 from services.gpu_worker.planner import Plan, Planner, Sequence
 from services.gpu_worker.runner import Computed, Runner, StepFailed
 from services.gpu_worker.sampler import Sampler
@@ -108,7 +108,7 @@ class Engine:
         self._log = log
         self._live: dict[str, Sequence] = {}
         self._notes: deque[Callable[[], None]] = deque()
-        self._forgetting: deque[Future[None]] = deque()  # of notes that are left
+        self._promises = Promises()
         self._wake = threading.Condition()
         self._stopping = False
         self._ended: dict[str, list[TokenChunk]] = {}  # what ended outside of sampling, told with the next emit
@@ -141,26 +141,16 @@ class Engine:
 
     def forget_pages(self) -> Future[None]:
         """Empty the prefix cache between two steps; done when that has happened."""
-        asked: Future[None] = Future()
+        done: Future[None] = Future()
 
         def forget() -> None:
             self.planner.allocator.forget()
-            done = self._forgetting.popleft()
-            if done.set_running_or_notify_cancel():
+            if done.set_running_or_notify_cancel():  # else who asked has gone
                 done.set_result(None)
 
-        with self._wake:
-            self._forgetting.append(asked)
-            self._note(forget)
-        if self.crashed:
-            self._refuse_to_forget()
-        return asked
-
-    def _refuse_to_forget(self) -> None:
-        with suppress(IndexError):  # there is no other
-            while asked := self._forgetting.popleft():
-                with suppress(InvalidStateError):  # who asked has gone
-                    asked.set_exception(InternalError("the worker failed; see its log"))
+        self._promises.add(done)
+        self._note(forget)
+        return done
 
     def _note(self, action: Callable[[], None]) -> None:
         with self._wake:
@@ -180,8 +170,9 @@ class Engine:
         except BaseException as error:
             self.crashed = error
             self._log.exception("the step loop crashed")
-            self._refuse_to_forget()
-            self._end(tuple(self._live), InternalError("the worker failed; see its log"))
+            failed = InternalError("the worker failed; see its log")
+            self._promises.refuse(failed)
+            self._end(tuple(self._live), failed)
             self._tell({}, Stats(0, 0, 0, 0))
             raise
 

@@ -17,7 +17,7 @@ import torch
 
 from common.bus import Bus
 from common.clock import Clock
-from common.device import device_uuid
+from common.device import device_uuid, require_gpu
 from common.doorbell import Doorbell, Order
 from common.errors import ExpertsUnavailable
 from common.futex import Bell
@@ -128,7 +128,7 @@ class GpuLinks(Membership):
         except (CudaError, ValueError) as error:
             bell.close_fd()
             sock.close()
-            await asyncio.to_thread(torch.cuda.synchronize)  # raises where it is our GPU that failed: a restart helps
+            await asyncio.to_thread(require_gpu)
             raise HandshakeError(f"its memory cannot be reached: {error}") from error
         return GpuPeer(
             shard_id, attached.boot_id, index, memory.address, doorbell, bell, self._aborts, sock, memory.close,
